@@ -1,0 +1,111 @@
+"""Which implementation runs: chosen by device when none is named, refused with a reason when a named one cannot."""
+
+import functools
+import logging
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.extend
+from jax.typing import DTypeLike
+
+from jaxchunk.lm_head.chunked import RowKernels
+from jaxchunk.lm_head.kernels import xla
+
+Implementation = Literal["reference", "xla", "pallas", "pallas_interpret"]
+
+_logger = logging.getLogger("jaxchunk")
+
+
+class Choice(NamedTuple):
+    """An implementation and, in words, why it was taken."""
+
+    implementation: Implementation
+    reason: str
+
+
+def choose_implementation(
+    implementation: str | None = None, *, compute_dtype: DTypeLike = "bfloat16", platform: str | None = None
+) -> Choice:
+    """Settles on an implementation of `lm_head_loss`.
+
+    Args:
+      implementation: a name, or None to choose by device.
+      compute_dtype: dtype of the logits.
+      platform: "cpu", "gpu" or "tpu"; None for the platform that JAX would run on now.
+
+    Returns:
+      The implementation and the reason for it.
+
+    Raises:
+      ValueError: the name is unknown, or the named implementation cannot run here.
+    """
+    platform = platform or default_platform()
+    if implementation is None:
+        obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
+        if obstacle is None:
+            return Choice("pallas", "the device is an NVIDIA GPU")
+        return Choice("xla", f"pallas cannot run: {obstacle}")
+    if implementation not in get_args(Implementation):
+        names = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation is {implementation!r}; it must be one of {names}, or None to choose")
+    if implementation == "pallas":
+        obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
+        if obstacle is not None:
+            raise ValueError(f"implementation='pallas' cannot run: {obstacle}; use 'xla', or None to choose by device")
+    return Choice(implementation, "named by the caller")  # type: ignore[arg-type]
+
+
+def row_kernels(implementation: Implementation) -> RowKernels:
+    """The row kernels of a chunked implementation; the same objects every time, so that jit caches hold."""
+    if implementation == "xla":
+        return RowKernels(xla.losses, xla.losses_and_gradients)
+    return _triton_kernels(interpret=implementation == "pallas_interpret")
+
+
+@functools.cache
+def _triton_kernels(interpret: bool) -> RowKernels:
+    from jaxchunk.lm_head.kernels import triton  # imported on demand: JAX may one day come without it
+
+    return RowKernels(
+        functools.partial(triton.losses, interpret=interpret),
+        functools.partial(triton.losses_and_gradients, interpret=interpret),
+    )
+
+
+def default_platform() -> str:
+    """The platform that traced code is meant for: an abstract mesh's device, the default device, the backend's."""
+    abstract_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract_device is not None:
+        return abstract_device.platform
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+@functools.cache
+def log_choice(choice: Choice, chunk_rows: int, num_chunks: int) -> None:
+    """Says once for every combination what runs and why."""
+    chunks = "unchunked" if choice.implementation == "reference" else f"{num_chunks} x {chunk_rows} tokens"
+    _logger.info("lm_head_loss: %s, %s (%s)", choice.implementation, chunks, choice.reason)
+
+
+def _pallas_obstacle(platform: str, compute_dtype: jax.numpy.dtype) -> str | None:
+    if platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU and JAX runs on {platform}"
+    if "rocm" in _platform_version():
+        return "it needs an NVIDIA GPU and this one is AMD's"
+    if compute_dtype.itemsize > 4:
+        return f"its statistics are float32 and the compute dtype is {compute_dtype}"
+    try:
+        from jax.experimental.pallas import triton  # noqa: F401
+    except ImportError:
+        return f"JAX {jax.__version__} has no Pallas Triton back end"
+    return None
+
+
+def _platform_version() -> str:
+    try:
+        return jax.extend.backend.get_backend("gpu").platform_version
+    except (RuntimeError, AttributeError):
+        return ""  # lowering for a GPU on a machine without one

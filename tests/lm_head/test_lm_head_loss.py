@@ -1,0 +1,265 @@
+"""Numerics of the loss and its gradients, for every implementation, against float64."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lm_head_oracle import (
+    IGNORE,
+    Problem,
+    Result,
+    assert_as_exact,
+    oracle,
+    problem,
+    relative_error,
+    same_dtype_baseline,
+)
+
+from jaxchunk import lm_head_loss
+
+CHUNKED = ["xla", "pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+ALL = ["reference", *CHUNKED]
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def value_and_grads(p: Problem, cotangent=1.0, **options) -> Result:
+    def loss(hidden, weight):
+        return cotangent * lm_head_loss(hidden, weight, p.labels, **options)
+
+    value, (dx, dW) = jax.jit(jax.value_and_grad(loss, (0, 1)))(p.hidden, p.weight)
+    assert value.dtype == jnp.float32
+    assert (dx.dtype, dW.dtype) == (p.hidden.dtype, p.weight.dtype)
+    return Result(*(np.asarray(a, np.float64) for a in (value / cotangent, dx, dW)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("V", [97, 1000, 1187, 4097])
+@pytest.mark.parametrize("num_chunks", [1, 2, 4, 7, 16])
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_chunked_is_as_exact_as_unchunked(implementation, num_chunks, V, dtype):
+    p = problem(T=33, V=V, dtype=dtype)
+    result = value_and_grads(p, num_chunks=num_chunks, implementation=implementation)
+    assert_as_exact(result, oracle(p), same_dtype_baseline(p), dtype)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_all_chunk_counts_give_the_same_numbers_in_float32(implementation):
+    p = problem(T=33, V=1187)
+    one = value_and_grads(p, num_chunks=1, implementation=implementation)
+    for num_chunks in (2, 4, 7, 16, 33):
+        many = value_and_grads(p, num_chunks=num_chunks, implementation=implementation)
+        chex.assert_trees_all_close(many, one, rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_reference_is_float32_whatever_comes_in(dtype):
+    p = problem(V=1187, dtype=dtype)
+    result, exact = value_and_grads(p, implementation="reference"), oracle(p)
+    assert relative_error(result.loss, exact.loss) < 1e-6
+    assert relative_error(result.d_weight, exact.d_weight) < max(1e-6, jnp.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_large_logits(implementation, scale):
+    p = problem(V=1187, scale=scale)
+    result = value_and_grads(p, num_chunks=4, implementation=implementation)
+    assert_as_exact(result, oracle(p), same_dtype_baseline(p), jnp.float32)
+
+
+@pytest.mark.parametrize("margin", [20.0, 30.0])
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_confident_labels_do_not_cancel(implementation, margin):
+    """Where softmax_y - 1 would be 0 or noise in float32, the label's gradient keeps its digits."""
+    T, V, D = 16, 97, 128
+    labels = jnp.arange(T) * 5
+    weight = jnp.eye(V, D)
+    hidden = margin * weight[labels]
+    p = Problem(hidden, weight, labels)
+    result, exact = value_and_grads(p, num_chunks=4, implementation=implementation), oracle_of_margins(p, margin)
+    assert result.loss >= 0
+    assert relative_error(result.loss, exact.loss) < 1e-5
+    assert relative_error(result.d_hidden, exact.d_hidden) < 1e-5
+    assert relative_error(result.d_weight, exact.d_weight) < 1e-5
+
+
+def oracle_of_margins(p: Problem, margin: float) -> Result:
+    """In closed form (float64's own softmax_y - 1 cancels too): every row has one logit of `margin`, the rest are 0."""
+    T, V = p.labels.size, p.weight.shape[0]
+    rest = (V - 1) * np.exp(-margin)
+    dz = np.full((T, V), np.exp(-margin) / (1 + rest) / T)
+    dz[np.arange(T), np.asarray(p.labels)] = -rest / (1 + rest) / T
+    x, W = (np.asarray(a, np.float64) for a in (p.hidden, p.weight))
+    return Result(np.log1p(rest), dz @ W, dz.T @ x)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_logits_far_below_zero_with_odd_vocabulary(implementation):
+    """A padded column entering the sum with a logit of 0 would drown a row whose logits are near -30."""
+    p = problem(V=1187)
+    hidden = jnp.concatenate([p.hidden, jnp.ones((33, 1))], axis=1)
+    weight = jnp.concatenate([p.weight, jnp.full((1187, 1), -30.0)], axis=1)
+    p = Problem(hidden, weight, p.labels)
+    result = value_and_grads(p, num_chunks=4, implementation=implementation)
+    assert_as_exact(result, oracle(p), same_dtype_baseline(p), jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_cotangent_multiplies_gradients(implementation):
+    p = problem()
+    result = value_and_grads(p, cotangent=3.0, num_chunks=4, implementation=implementation)
+    exact = oracle(p, cotangent=3.0)
+    chex.assert_trees_all_close(result, exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_sum_and_normalizer(implementation):
+    p = problem()
+    options = {"num_chunks": 4, "implementation": implementation}
+    summed = value_and_grads(p, reduction="sum", **options)
+    chex.assert_trees_all_close(summed, oracle(p, reduction="sum"), rtol=1e-5, atol=1e-6)
+    normalized = value_and_grads(p, normalizer=jnp.float32(50.0), **options)
+    chex.assert_trees_all_close(normalized, oracle(p, normalizer=50.0), rtol=1e-5, atol=1e-7)
+    none = lm_head_loss(*p, normalizer=0, **options)
+    assert none == 0
+
+
+def test_microbatches_with_the_global_count_add_up():
+    """Means of micro-batches of unequal size cannot be averaged; sums over the global count can."""
+    p = problem(T=32, ignored=0.5)
+    count = jnp.sum(p.labels != IGNORE)
+    halves = [
+        lm_head_loss(p.hidden[part], p.weight, p.labels[part], normalizer=count, num_chunks=2)
+        for part in (slice(0, 8), slice(8, 32))
+    ]
+    np.testing.assert_allclose(sum(halves), oracle(p).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_ignored_rows_do_not_count_in_the_mean_and_may_hold_anything(implementation):
+    p = problem(T=32)
+    labels = p.labels.at[8:16].set(IGNORE)  # with 4 chunks, the whole second chunk
+    hidden = jnp.where((labels == IGNORE)[:, None], jnp.nan, p.hidden)
+    result = value_and_grads(Problem(hidden, p.weight, labels), num_chunks=4, implementation=implementation)
+    exact = oracle(Problem(p.hidden, p.weight, labels))
+    chex.assert_trees_all_close(result, exact, rtol=1e-5, atol=1e-7)
+    assert np.all(result.d_hidden[8:16] == 0)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_everything_ignored_is_zero(implementation):
+    p = problem(T=8)
+    result = value_and_grads(p._replace(labels=jnp.full(8, IGNORE)), num_chunks=2, implementation=implementation)
+    assert result.loss == 0
+    assert np.all(result.d_hidden == 0)
+    assert np.all(result.d_weight == 0)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize(("T", "V"), [(1, 97), (5, 1), (1, 1)])
+def test_smallest_shapes(implementation, T, V):
+    p = problem(T=T, V=V, ignored=0.0)
+    result = value_and_grads(p, num_chunks=3, implementation=implementation)
+    chex.assert_trees_all_close(result, oracle(p), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_no_tokens_at_all(implementation):
+    p = problem(T=0)
+    result = value_and_grads(p, num_chunks=2, implementation=implementation)
+    assert result.loss == 0
+    assert np.all(result.d_weight == 0)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_many_chunks_do_not_erode_d_weight(implementation):
+    """A bf16 carry would lose a bit with every chunk; the fp32 one must not."""
+    p = problem(T=256, V=97, dtype=jnp.bfloat16, ignored=0.0)
+    exact = oracle(p).d_weight
+    one, many = (
+        relative_error(value_and_grads(p, num_chunks=n, implementation=implementation).d_weight, exact)
+        for n in (1, 256)
+    )
+    assert many <= 1.1 * one
+
+
+def test_master_weight_is_cast_once_and_gets_an_fp32_gradient():
+    p = problem(V=1187, dtype=jnp.bfloat16)
+    master = p._replace(weight=p.weight.astype(jnp.float32))
+    result = value_and_grads(master, num_chunks=4)
+    assert_as_exact(result, oracle(p), same_dtype_baseline(p), jnp.bfloat16)
+    explicit = lm_head_loss(p.hidden.astype(jnp.float32), master.weight, p.labels, compute_dtype=jnp.bfloat16)
+    np.testing.assert_allclose(explicit, lm_head_loss(*p), rtol=1e-6)
+
+
+def test_tied_embeddings_receive_both_gradients():
+    V, D = 97, 24
+    tokens, labels = jax.random.randint(jax.random.key(0), (2, 2, 17), 0, V)
+    embedding = jax.random.normal(jax.random.key(1), (V, D))
+
+    def loss(embedding, **options):
+        return lm_head_loss(jnp.tanh(embedding[tokens]), embedding, labels, **options)
+
+    exact = jax.grad(functools.partial(loss, implementation="reference"))(embedding)
+    for num_chunks in (1, 4, 7):
+        gradient = jax.jit(jax.grad(functools.partial(loss, num_chunks=num_chunks, implementation="xla")))(embedding)
+        chex.assert_trees_all_close(gradient, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_leading_dimensions(implementation):
+    p = problem(T=24)
+    batched = lm_head_loss(
+        p.hidden.reshape(2, 3, 4, -1), p.weight, p.labels.reshape(2, 3, 4), num_chunks=5, implementation=implementation
+    )
+    np.testing.assert_allclose(batched, oracle(p).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("bad_label", [97, 2**30, -1, -99])
+def test_bad_label_in_a_jitted_program_is_nan(implementation, bad_label):
+    p = problem(V=97)
+    loss = jax.jit(functools.partial(lm_head_loss, num_chunks=4, implementation=implementation))
+    assert jnp.isfinite(loss(*p))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(p.hidden, p.weight, p.labels.at[5].set(bad_label))
+    assert jnp.isnan(value)
+    assert jnp.all(jnp.isnan(gradient[5]))
+    assert jnp.all(jnp.isfinite(gradient[6]))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_works_under_vmap_and_scan_and_remat(implementation):
+    p = problem(T=24)
+    loss = functools.partial(lm_head_loss, num_chunks=3, implementation=implementation)
+    stacked = p.hidden.reshape(2, 12, -1), p.labels.reshape(2, 12)
+    each = [loss(x, p.weight, y) for x, y in zip(*stacked, strict=True)]
+    vmapped = jax.vmap(lambda x, y: loss(x, p.weight, y))(*stacked)
+    np.testing.assert_allclose(vmapped, each, rtol=1e-6)
+    _, scanned = jax.lax.scan(lambda c, xy: (c, loss(xy[0], p.weight, xy[1])), None, stacked)
+    np.testing.assert_allclose(scanned, each, rtol=1e-6)
+    exact = jax.grad(loss)(*p)
+    np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(*p), exact, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_float32_is_not_tf32_on_a_gpu(implementation):
+    p = problem(T=256, D=512, V=4097)
+    result, exact = value_and_grads(p, num_chunks=2, implementation=implementation), oracle(p)
+    assert relative_error(result.d_hidden, exact.d_hidden) < 5e-6  # TF32 is at 3e-4
+    assert relative_error(result.d_weight, exact.d_weight) < 5e-6
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_logits_in_one_chunk():
+    T, D, V = 16385, 64, 151936
+    p = problem(T=T, D=D, V=V, dtype=jnp.bfloat16, ignored=0.0)
+    loss = functools.partial(lm_head_loss, num_chunks=1, implementation="pallas", reduction="sum")
+    dx = jax.jit(jax.grad(loss))(*p)
+    rows = np.array([0, 1, T // 2, 14133, 14134, 14135, T - 2, T - 1])  # 2^31 logits end in row 14134
+    sample = Problem(p.hidden[rows], p.weight, p.labels[rows])
+    exact = oracle(sample, reduction="sum").d_hidden
+    assert relative_error(dx[rows], exact) < 5e-3
