@@ -1,0 +1,1 @@
+"""The training loop: config, step, loop, records."""

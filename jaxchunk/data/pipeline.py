@@ -1,0 +1,167 @@
+"""Windows of the token stream, split, shuffled and batched through Grain."""
+
+from typing import NamedTuple, SupportsIndex, TypeAlias
+
+import grain
+import numpy as np
+from jaxtyping import Int32, UInt
+
+from jaxchunk.data.dataset import Dataset
+from jaxchunk.errors import InputError
+
+IGNORE_INDEX = -100
+"""The label of a position that no loss should count."""
+
+Batch: TypeAlias = dict[str, Int32[np.ndarray, "B S"]]
+"""`tokens` and `labels`, C-contiguous."""
+
+Window: TypeAlias = dict[str, Int32[np.ndarray, "S"]]
+
+# One thread that stays a few batches ahead: a batch costs about a millisecond, and it shares its cores with
+# the training step.
+_READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+class TokenWindows:
+    """A random-access source of training windows over a stream of tokens.
+
+    Window i is `tokens[i*S : i*S + S + 1]`, given as its first S ids (`tokens`) and its last S (`labels`): each
+    window starts with the last label of the one before, so every token but the very first is a label
+    exactly once. Up to S - 1 tokens at the end that fill no window are left out.
+    """
+
+    def __init__(self, tokens: UInt[np.ndarray, "N"], seq_len: int):
+        self.tokens = tokens
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.seq_len)
+
+    def __getitem__(self, index: SupportsIndex) -> Window:
+        position = index.__index__()
+        if not 0 <= position < len(self):
+            raise IndexError(f"window {position} of {len(self)}")
+        start = position * self.seq_len
+        window = np.asarray(self.tokens[start : start + self.seq_len + 1], np.int32)
+        return {"tokens": window[:-1], "labels": window[1:]}
+
+    def __repr__(self) -> str:
+        return f"TokenWindows({len(self)} of {self.seq_len} tokens)"
+
+
+class Split(NamedTuple):
+    """The two parts of a dataset; they share no token."""
+
+    train: TokenWindows
+    validation: TokenWindows
+
+
+def split(dataset: Dataset, seq_len: int, validation_fraction: float = 0.05) -> Split:
+    """Divides the token stream: its last part is held out for validation, the rest is for training.
+
+    Where the dataset marks the ends of documents, the cut is moved back into the held-out part to the next
+    such end (if there is one in its first half), so that no document is in both parts.
+
+    Args:
+        dataset: the tokens.
+        seq_len: S, the number of labels in a window.
+        validation_fraction: of the tokens that is held out; never less than one window.
+
+    Raises:
+        InputError: an argument is out of range, or there are too few tokens for a window in each part.
+    """
+    if seq_len < 1:
+        raise InputError(f"the sequence length is {seq_len}: it needs to be at least 1")
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"the validation fraction is {validation_fraction}: it needs to be between 0 and 1")
+    num_tokens, window = len(dataset.tokens), seq_len + 1
+    if num_tokens < 2 * window:
+        raise InputError(
+            f"the data ({dataset.description}) has {num_tokens} tokens, but sequences of {seq_len} need at least "
+            f"{2 * window} (a window of {window} to train on and one to validate on): "
+            "give more text or a shorter sequence length"
+        )
+    num_held_out = int(np.clip(round(num_tokens * validation_fraction), window, num_tokens - window))
+    cut = num_tokens - num_held_out
+    if dataset.separator_id is not None:
+        movable = dataset.tokens[cut - 1 : cut + min(num_held_out // 2, num_held_out - window)]
+        ends = np.flatnonzero(movable == dataset.separator_id)
+        cut += int(ends[0]) if ends.size else 0
+    return Split(TokenWindows(dataset.tokens[:cut], seq_len), TokenWindows(dataset.tokens[cut:], seq_len))
+
+
+def train_batches(windows: TokenWindows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+    """Returns an endless iterator over shuffled batches, prepared on a background thread.
+
+    Every window comes once in each epoch, in an order that depends on the seed and the epoch alone; a batch
+    may hold the end of one epoch and the start of the next, so there may be fewer windows than rows.
+    `get_state()` gives a small JSON-serialisable dict after any batch, and `set_state()` on an iterator made
+    with the same arguments continues with exactly the batch that would have come next.
+
+    Args:
+        windows: the source, at least one window.
+        batch_size: B, the number of windows in a batch.
+        seed: of the shuffle, any integer from 0.
+
+    Raises:
+        InputError: an argument is out of range.
+    """
+    _check_batching(windows, batch_size)
+    if seed < 0:
+        raise InputError(f"the seed is {seed}: it needs to be 0 or larger")
+    # Grain shuffles epoch e with seed + e, so that run 1 would repeat run 0 one epoch late. Hash the seed first.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    batches = (
+        grain.MapDataset.source(windows)
+        .shuffle(seed=shuffle_seed)
+        .repeat()
+        # Nothing remains of an endless stream; but without this, batches of one overflow Grain's length.
+        .batch(batch_size, drop_remainder=True)
+    )
+    return iter(batches.to_iter_dataset(_READ_OPTIONS))
+
+
+def validation_batches(
+    windows: TokenWindows, batch_size: int, max_batches: int | None = None
+) -> grain.IterDataset[Batch]:
+    """Returns the held-out batches, to be iterated over as often as needed.
+
+    Every window comes once and in order. The last batch is filled up with rows whose labels are all
+    `IGNORE_INDEX`, so that all batches have one shape.
+
+    Args:
+        windows: the source, at least one window.
+        batch_size: B, the number of rows in a batch.
+        max_batches: give at most so many batches, of windows spread evenly over all; None for all.
+
+    Raises:
+        InputError: an argument is out of range.
+    """
+    _check_batching(windows, batch_size)
+    if max_batches is not None and max_batches < 1:
+        raise InputError(f"the number of validation batches is {max_batches}: it needs to be at least 1")
+    total = len(windows)
+    chosen = total if max_batches is None else min(total, max_batches * batch_size)
+    batches = (
+        grain.MapDataset.range(chosen)
+        .map(lambda i: windows[i * total // chosen])
+        .batch(batch_size, batch_fn=lambda rows: _stack_and_pad(rows, batch_size))
+    )
+    return batches.to_iter_dataset(_READ_OPTIONS)
+
+
+def _stack_and_pad(rows: list[Window], batch_size: int) -> Batch:
+    shape = (batch_size, *rows[0]["tokens"].shape)
+    batch = {"tokens": np.zeros(shape, np.int32), "labels": np.full(shape, IGNORE_INDEX, np.int32)}
+    for name, values in batch.items():
+        values[: len(rows)] = [row[name] for row in rows]
+    return batch
+
+
+def _check_batching(windows: TokenWindows, batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}: it needs to be at least 1")
+    if len(windows) == 0:
+        raise InputError(
+            f"{len(windows.tokens)} tokens make no window of {windows.seq_len}: it takes {windows.seq_len + 1}"
+        )

@@ -1,0 +1,77 @@
+"""What a record must carry to be worth anything later: versions, device, driver, flags, commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.extend
+
+import jaxchunk
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "grain", "tokenizers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+_VARIABLES = ("XLA_", "JAX_", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
+
+
+def describe_environment(device_details: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The environment as JSON-serialisable values.
+
+    Args:
+      device_details: what telemetry knows of the device (driver, power limit, ...), stored under "gpu".
+    """
+    device = jax.devices()[0]
+    return {
+        "jaxchunk": jaxchunk.__version__,
+        "git_commit": git_commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "backend": jax.default_backend(),
+        "platform_version": jax.extend.backend.get_backend().platform_version,
+        "device_kind": device.device_kind,
+        "device_count": jax.device_count(),
+        "compute_capability": getattr(device, "compute_capability", None),
+        "memory_limit_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)},
+        "gpu": device_details,
+    }
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with "-dirty" where files differ from it; None outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

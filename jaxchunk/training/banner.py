@@ -1,0 +1,82 @@
+"""What a run says before it starts and after it ends."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxchunk
+from jaxchunk import data
+from jaxchunk.lm_head import Choice
+from jaxchunk.models import qwen2
+from jaxchunk.telemetry import Monitor
+from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.programs import Programs
+
+
+def describe_run(
+    config: TrainConfig,
+    dataset: data.Dataset,
+    split: data.Split,
+    execution: qwen2.Execution,
+    attention_reason: str,
+    choice: Choice,
+    programs: Programs,
+    monitor: Monitor,
+    path: Path,
+) -> str:
+    """The banner: everything that was chosen, and why."""
+    model = qwen2.SIZES[config.model]
+    plan, device = programs.memory_plan, jax.devices()[0]
+    micro_batches = config.batch_size // plan.micro_batch_size
+    chunk_tokens = -(-plan.micro_batch_size * config.seq_len // config.lmhead_chunks)
+    tied = "tied to the embedding" if model.tie_word_embeddings else "untied"
+    lines = {
+        "jaxchunk": f"{jaxchunk.__version__}, JAX {jax.__version__}",
+        "device": f"{device.device_kind} ({device.platform}), 1 of {jax.device_count()}",
+        "model": f"{config.model}, {qwen2.num_params(model) / 1e6:.1f} M parameters, LM head {tied}",
+        "dtypes": f"parameters and optimizer float32; activations and GEMMs {config.compute_dtype} "
+        f"({_dtype_reason(config, device)}); norms, softmax and loss statistics float32",
+        "data": f"{dataset.description}; {len(dataset.tokens):,} tokens, vocabulary {dataset.vocab_size}, "
+        f"{len(split.train):,} training and {len(split.validation):,} held-out sequences, "
+        f"sha256 {dataset.sha256[:12]}",
+        "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
+        "LM head": f"{choice.implementation}, {config.lmhead_chunks} chunk(s) of {chunk_tokens:,} tokens in each "
+        f"micro-batch ({choice.reason})",
+        "attention": f"{execution.attention} ({attention_reason})",
+        "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
+        "memory": plan.describe(),
+        "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
+        "compiled in": f"{programs.compile_time_s:.1f} s",
+        "output": str(path),
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+
+
+def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
+    if config.compute_dtype == "bfloat16":
+        return "tensor cores" if device.platform == "gpu" else "named by the caller"
+    return "a CPU gains nothing from 16 bits" if device.platform == "cpu" else "named by the caller"
+
+
+def describe_summary(summary: dict[str, Any], figure: Path | None) -> str:
+    """The last lines of a run."""
+    if not summary["steps"]:
+        return "no step was completed"
+    if summary["energy_j"] is None:
+        energy = f"energy null: {summary['energy_null_reason']}"
+    else:
+        energy = (
+            f"{summary['energy_j']:.0f} +- {summary['energy_bound_j']:.0f} J on the GPU rail, "
+            f"{summary['energy_per_token_j'] * 1e3:.3g} mJ/token"
+        )
+    validation = f", validation loss {summary['val_loss']:.4f}" if "val_loss" in summary else ""
+    return "\n".join(
+        [
+            f"{summary['steps']} steps in {summary['training_time_s']:.1f} s: {summary['tokens_per_s_median']:,.0f} "
+            f"tokens/s (median), training loss {summary['final_train_loss']:.4f}{validation}",
+            energy,
+            f"figure: {figure}",
+        ]
+    )

@@ -1,0 +1,123 @@
+"""Every choice of a training run, in one frozen dataclass; the command line is this class."""
+
+import dataclasses
+from typing import Literal
+
+from jaxchunk.errors import InputError
+from jaxchunk.lm_head import choose_implementation
+from jaxchunk.models import qwen2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run. `default_config` gives the defaults of the device at hand."""
+
+    model: Literal["tiny", "qwen2-0.5b", "qwen2-1.5b", "qwen2-7b"] = "tiny"
+    """Size of the Qwen2 model."""
+    data: str | None = None
+    """Training text: a file, a directory, a tokenised .bin, or "synthetic" (random tokens).
+    Default: the source text of this Python's standard library."""
+    tokenizer: str | None = None
+    """A tokenizer.json. Default: a byte-level BPE trained on the data."""
+    lmhead_chunks: int = 4
+    """Token chunks in which the LM head runs, in each micro-batch."""
+    lmhead_impl: str | None = None
+    """Implementation of the LM head's loss: xla, pallas or reference. Default: by device."""
+    seq_len: int = 128
+    """Tokens in a sequence."""
+    batch_size: int = 8
+    """Sequences in a step."""
+    micro_batch_size: int | None = None
+    """Sequences in a micro-batch; must divide batch_size. Default: as many as fit in memory."""
+    steps: int = 500
+    """Optimizer steps."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. Default: a tenth of the run, at most 100."""
+    final_lr_ratio: float = 0.1
+    """Where the cosine ends, as a share of lr."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay; norms and biases are exempt."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; larger ones are scaled down."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    compute_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Dtype of activations and GEMM operands; parameters and optimizer state are float32."""
+    attention: Literal["cudnn", "xla"] | None = None
+    """Attention implementation. Default: cudnn where it can run."""
+    remat: qwen2.Remat = "none"
+    """What the backward pass recomputes in a block: none, dots (all but GEMM outputs) or full."""
+    scan_layers: bool = False
+    """Compile one block and loop over it: faster to compile, slower to run."""
+    val_every: int = 100
+    """Steps between validations (there is one at the end in any case); 0 for that one only."""
+    val_batches: int = 16
+    """Batches in a validation, evenly spread over the held-out split."""
+    val_fraction: float = 0.05
+    """Share of the tokens that is held out."""
+    out_dir: str | None = None
+    """Where config, records and figures go. Default: a new directory under runs/."""
+    overwrite: bool = False
+    """Replace a run that out_dir holds."""
+    cache_dir: str | None = None
+    """Where tokenizers and tokenised data are kept. Default: jaxchunk under the user's cache directory."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        """Steps of warm-up, with the default filled in."""
+        return min(100, max(1, self.steps // 10)) if self.warmup_steps is None else self.warmup_steps
+
+
+def default_config(platform: str) -> TrainConfig:
+    """The defaults on a device: `tiny` on a CPU, `qwen2-0.5b` at 64 x 1024 tokens a step on a GPU."""
+    if platform == "gpu":
+        return TrainConfig(model="qwen2-0.5b", seq_len=1024, batch_size=64, lr=6e-4, compute_dtype="bfloat16")
+    return TrainConfig()
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuses what cannot run, before anything expensive starts.
+
+    Raises:
+      InputError: naming the flag, its value and what is needed.
+    """
+    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("val_every", "weight_decay"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} is {getattr(config, name)}; it must not be negative")
+    for name in ("lr", "grad_clip"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name} is {getattr(config, name)}; it must be greater than 0")
+    for name in ("beta1", "beta2", "val_fraction"):
+        if not 0 < getattr(config, name) < 1:
+            raise InputError(f"--{name} is {getattr(config, name)}; it must be between 0 and 1")
+    if not 0 <= config.final_lr_ratio <= 1:
+        raise InputError(f"--final_lr_ratio is {config.final_lr_ratio}; it must be between 0 and 1")
+    if config.warmup_steps is not None and not 0 <= config.warmup_steps <= config.steps:
+        raise InputError(f"--warmup_steps is {config.warmup_steps}; it must be between 0 and --steps ({config.steps})")
+    if config.micro_batch_size is not None and (
+        config.micro_batch_size < 1 or config.batch_size % config.micro_batch_size
+    ):
+        raise InputError(
+            f"--micro_batch_size is {config.micro_batch_size}; it must divide --batch_size ({config.batch_size})"
+        )
+    longest = qwen2.SIZES[config.model].max_position_embeddings
+    if config.seq_len > longest:
+        raise InputError(f"--seq_len is {config.seq_len}; {config.model} has {longest} positions")
+    try:
+        choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
+    except ValueError as error:
+        raise InputError(f"--lmhead_impl: {error}") from None

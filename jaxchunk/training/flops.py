@@ -1,0 +1,40 @@
+"""Model FLOPs and their share of what the device could do (MFU)."""
+
+import jax
+
+from jaxchunk.models.qwen2 import Qwen2Config
+
+# Dense 16-bit peak with fp32 accumulation, FLOP/s, from NVIDIA's data sheets. A device that is missing has MFU null.
+PEAK_FLOPS_16_BIT = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 5090": 210e12,
+}
+
+
+def training_flops_per_token(config: Qwen2Config, seq_len: int) -> float:
+    """FLOPs of forward and backward for one token: 6 per weight that multiplies it, LM head included, plus attention.
+
+    Causal attention is counted once (S/2 keys a query on average): 6 * L * S * D. Recomputation does not count.
+    """
+    D, F = config.hidden_size, config.intermediate_size
+    key_value = config.num_key_value_heads * config.head_dim
+    block = 2 * D * D + 2 * D * key_value + 3 * D * F
+    matmuls = config.num_hidden_layers * block + config.vocab_size * D
+    return 6.0 * matmuls + 6.0 * config.num_hidden_layers * seq_len * D
+
+
+def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
+    """The device's peak for a 16-bit compute dtype; None where it is not in the table."""
+    if compute_dtype != "bfloat16":
+        return None
+    names = [name for name in PEAK_FLOPS_16_BIT if device.device_kind.startswith(name)]
+    return PEAK_FLOPS_16_BIT[max(names, key=len)] if names else None

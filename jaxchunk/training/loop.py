@@ -1,0 +1,217 @@
+"""The training loop: dispatch a step, then read the one before it; telemetry watches from the side."""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxchunk import data, environment, plotting
+from jaxchunk.lm_head import choose_implementation
+from jaxchunk.models import qwen2
+from jaxchunk.models.attention import choose_attention
+from jaxchunk.run_dir import RunDirectory
+from jaxchunk.telemetry import CompletionWatcher, Monitor, Samples, Window, open_monitor
+from jaxchunk.training import banner, memory
+from jaxchunk.training.config import TrainConfig, validate
+from jaxchunk.training.flops import peak_flops, training_flops_per_token
+from jaxchunk.training.programs import Programs, compile_programs
+from jaxchunk.training.progress import Progress
+from jaxchunk.training.records import StepRecord, step_record, summarize
+from jaxchunk.training.step import StepMetrics
+
+_logger = logging.getLogger("jaxchunk")
+_TICK_TIMEOUT_S = 1.0  # how long to wait at a stretch's end for the energy counter's next tick
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message says at which step."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs a training run from its config to its summary and figure, all of it in the run's directory.
+
+    Args:
+      config: the run; `default_config` gives the device's defaults.
+
+    Returns:
+      What `summary.json` holds.
+
+    Raises:
+      InputError: the config, the data or the directory cannot be used.
+      NonFiniteLossError: the loss became NaN or infinite.
+    """
+    validate(config)
+    device = jax.devices()[0]
+    run = RunDirectory(_out_dir(config), overwrite=config.overwrite)
+    dataset = data.load_dataset(
+        config.data,
+        config.tokenizer,
+        qwen2.SIZES[config.model].vocab_size,
+        None if config.cache_dir is None else Path(config.cache_dir),
+        seed=config.seed,
+    )
+    split = data.split(dataset, config.seq_len, config.val_fraction)
+    choice = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
+    _logger.info("compiling %s ...", config.model)
+    execution, attention_reason = _execution(config)
+    programs = compile_programs(config, execution, memory.memory_limit_bytes(device))
+    with run, open_monitor(device, csv_path=run.path / "telemetry.csv") as monitor:
+        clock_zero_s = monitor.now()
+        run.write_json("config.json", dataclasses.asdict(config))
+        run.write_json("env.json", environment.describe_environment(monitor.describe()))
+        text = banner.describe_run(
+            config, dataset, split, execution, attention_reason, choice, programs, monitor, run.path
+        )
+        print(text, flush=True)
+        summary = _Training(config, programs, split, run, monitor, clock_zero_s).run()
+        summary["compile_time_s"] = programs.compile_time_s
+        summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        run.write_json("summary.json", summary)
+    figure = plotting.plot_training(run.path)
+    print(banner.describe_summary(summary, figure), flush=True)
+    return summary
+
+
+def _out_dir(config: TrainConfig) -> Path:
+    if config.out_dir is not None:
+        return Path(config.out_dir)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{stamp}-{config.model}-{config.lmhead_chunks}chunks"
+
+
+def _execution(config: TrainConfig) -> tuple[qwen2.Execution, str]:
+    attention, reason = config.attention, "named by the caller"
+    if attention is None:
+        attention, reason = choose_attention(qwen2.SIZES[config.model], config.seq_len, config.compute_dtype)
+    return qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers), reason
+
+
+@dataclasses.dataclass
+class _Completed:
+    """A step that is done on the device; its energy is known a tick or two later."""
+
+    step: int
+    start_s: float
+    end_s: float
+    metrics: dict[str, float]
+
+
+class _Training:
+    """The state of the loop. Steps run in stretches between validations; energy is known for each."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        programs: Programs,
+        split: data.Split,
+        run: RunDirectory,
+        monitor: Monitor,
+        clock_zero_s: float,
+    ):
+        self._config, self._programs, self._split, self._run = config, programs, split, run
+        self._monitor, self._clock_zero_s = monitor, clock_zero_s
+        self._records: list[StepRecord] = []
+        self._completed: deque[_Completed] = deque()
+        self._stretches: list[Window] = []
+        self._samples: list[Samples] = []
+        self._validation: dict[str, float] = {}
+        self._flops_per_token = training_flops_per_token(qwen2.SIZES[config.model], config.seq_len)
+        self._peak_flops = peak_flops(jax.devices()[0], config.compute_dtype)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end, or to an interrupt; returns the summary of what was done."""
+        config, interrupted = self._config, False
+        state = self._programs.init(jax.random.key(config.seed))
+        jax.block_until_ready(state)
+        batches = iter(data.train_batches(self._split.train, config.batch_size, config.seed))
+        with (
+            Progress(config.steps) as self._progress,
+            contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
+        ):
+            try:
+                for first, last in _stretches(config.steps, config.val_every):
+                    state = self._train_stretch(state, batches, first, last)
+                    self._validate(state.params, last)
+            except KeyboardInterrupt:
+                interrupted = True
+                self._write_records(wait=True)
+                self._progress.say(f"interrupted after {len(self._records)} steps; what was measured is kept")
+        summary = summarize(self._records, self._stretches, self._samples, config.tokens_per_step)
+        return summary | self._validation | {"interrupted": interrupted}
+
+    def _train_stretch(self, state: Any, batches: Iterator[data.Batch], first: int, last: int) -> Any:
+        """Runs steps `first` to `last`; the device always has the next step before the last one's metrics are read."""
+        start_s = self._monitor.now()
+        in_flight: deque[tuple[int, StepMetrics]] = deque()
+        previous_end_s = start_s
+        try:
+            for step in range(first, last + 1):
+                state, metrics = self._programs.train_step(state, next(batches))
+                self._watcher.watch(step, metrics)
+                in_flight.append((step, metrics))
+                if len(in_flight) > 1:
+                    previous_end_s = self._complete(*in_flight.popleft(), previous_end_s)
+                    self._write_records(wait=False)
+            while in_flight:
+                previous_end_s = self._complete(*in_flight.popleft(), previous_end_s)
+        finally:  # an interrupt or a bad loss ends the stretch early; what was done still counts
+            if previous_end_s > start_s:
+                self._write_records(wait=True)
+                self._stretches.append(self._monitor.window(start_s, previous_end_s))
+                self._samples.append(self._monitor.samples(start_s, previous_end_s))
+                self._monitor.forget_before(previous_end_s)
+        return state
+
+    def _complete(self, step: int, metrics: StepMetrics, start_s: float) -> float:
+        end_s = self._watcher.wait(step)
+        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+        self._completed.append(_Completed(step, start_s, end_s, values))
+        if not np.isfinite(values["loss"]):
+            raise NonFiniteLossError(f"the loss is {values['loss']} at step {step}; the records up to it are kept")
+        return end_s
+
+    def _write_records(self, *, wait: bool) -> None:
+        """Writes the records of completed steps whose energy is settled; with `wait`, of all of them."""
+        while self._completed:
+            done = self._completed[0]
+            if not self._monitor.ready(done.end_s):
+                if not wait:
+                    return
+                self._monitor.wait_ready(done.end_s, _TICK_TIMEOUT_S)
+            self._completed.popleft()
+            record = step_record(
+                done.step,
+                done.metrics,
+                self._monitor.window(done.start_s, done.end_s),
+                clock_zero_s=self._clock_zero_s,
+                tokens=self._config.tokens_per_step,
+                flops_per_token=self._flops_per_token,
+                peak_flops=self._peak_flops,
+            )
+            self._records.append(record)
+            self._run.append("steps.jsonl", record.as_dict())
+            self._progress.step(record)
+
+    def _validate(self, params: qwen2.Params, step: int) -> None:
+        batch_size = self._programs.memory_plan.micro_batch_size
+        batches = data.validation_batches(self._split.validation, batch_size, self._config.val_batches)
+        sums = [self._programs.eval_step(params, batch) for batch in batches]
+        loss, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
+        self._validation = {"val_loss": loss / tokens}
+        record = {"step": step, "time_s": self._monitor.now() - self._clock_zero_s, "val_loss": loss / tokens}
+        self._run.append("validation.jsonl", record | {"tokens": int(tokens)})
+        self._progress.say(f"step {step}: validation loss {loss / tokens:.4f} over {int(tokens):,} held-out tokens")
+
+
+def _stretches(steps: int, val_every: int) -> Iterator[tuple[int, int]]:
+    """First and last step (from 1) of each stretch between validations."""
+    length = val_every or steps
+    for first in range(1, steps + 1, length):
+        yield first, min(first + length - 1, steps)

@@ -1,0 +1,59 @@
+"""The compiled programs of a run, made before the first step so that no window of time holds a compilation."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import PRNGKeyArray
+
+from jaxchunk.data import Batch
+from jaxchunk.models import qwen2
+from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.memory import MemoryPlan, compile_within_memory
+from jaxchunk.training.step import (
+    StepMetrics,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+)
+
+
+class Programs(NamedTuple):
+    """Compiled functions, and what compiling them found out. `train_step` donates the state it is given."""
+
+    init: Callable[[PRNGKeyArray], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    eval_step: Callable[[qwen2.Params, Batch], tuple[Array, Array]]
+    memory_plan: MemoryPlan
+    compile_time_s: float
+
+
+def compile_programs(config: TrainConfig, execution: qwen2.Execution, limit_bytes: int | None) -> Programs:
+    """Compiles initialisation, training step and validation step; settles the micro-batch size on the way.
+
+    Raises:
+      InputError: no micro-batch fits in `limit_bytes`.
+    """
+    start_s = time.perf_counter()
+    optimizer = make_optimizer(config)
+    init = jax.jit(lambda key: init_state(config, optimizer, key)).lower(jax.random.key(0)).compile()
+    state = jax.eval_shape(lambda key: init_state(config, optimizer, key), jax.random.key(0))
+
+    def compile_step(micro_batch_size: int) -> jax.stages.Compiled:
+        step = make_train_step(config, execution, optimizer, micro_batch_size)
+        return jax.jit(step, donate_argnums=0).lower(state, _batch(config.batch_size, config)).compile()
+
+    train_step, plan = compile_within_memory(config, compile_step, limit_bytes)
+    jitted_eval = jax.jit(make_eval_step(config, execution))
+    eval_step = jitted_eval.lower(state.params, _batch(plan.micro_batch_size, config)).compile()
+    return Programs(init, train_step, eval_step, plan, time.perf_counter() - start_s)
+
+
+def _batch(batch_size: int, config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    ids = jax.ShapeDtypeStruct((batch_size, config.seq_len), jnp.int32)
+    return {"tokens": ids, "labels": ids}

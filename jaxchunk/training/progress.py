@@ -1,0 +1,40 @@
+"""What is shown while a run goes on: a bar on a terminal, a line a step otherwise."""
+
+import sys
+from types import TracebackType
+
+from tqdm import tqdm
+
+from jaxchunk.training.records import StepRecord
+
+
+class Progress:
+    """Prints records as they come."""
+
+    def __init__(self, total_steps: int):
+        self._total_steps = total_steps
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
+
+    def step(self, record: StepRecord) -> None:
+        """A step is complete."""
+        if self._bar is None:
+            print(record.line(self._total_steps), flush=True)
+        else:
+            self._bar.set_description_str(record.line(self._total_steps).split("  ", 1)[1], refresh=False)
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

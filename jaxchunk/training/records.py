@@ -1,0 +1,162 @@
+"""What a run writes down: one record a step, a summary at the end, and the lines that people read."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jaxchunk.telemetry import Samples, Window
+
+_WARMUP_STEPS = 5  # left out of medians where a run is long enough: caches, clocks and the input pipeline settle
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """One line of `steps.jsonl`. None is "not known", never zero; `energy_null_reason` says why.
+
+    `time_s` is the completion of the step on the run's clock (0 where telemetry starts). Joules and watts are the GPU's
+    own, as NVML reports them, not the wall's. `throttle` holds seconds by clock-event reason.
+    """
+
+    step: int
+    time_s: float
+    loss: float
+    grad_norm: float
+    lr: float
+    step_time_s: float
+    tokens_per_s: float
+    mfu: float | None
+    energy_j: float | None
+    energy_bound_j: float | None
+    energy_per_token_j: float | None
+    energy_source: str | None
+    energy_null_reason: str | None
+    power_w: float | None
+    sm_clock_mhz: float | None
+    temperature_c: float | None
+    throttle: dict[str, float] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def line(self, total_steps: int) -> str:
+        """One line for people."""
+        throttled = {reason: s for reason, s in (self.throttle or {}).items() if s > 0.01 * self.step_time_s}
+        parts = [
+            f"step {self.step:>{len(str(total_steps))}}/{total_steps}",
+            f"loss {self.loss:.4f}",
+            f"grad norm {self.grad_norm:.3f}",
+            f"lr {self.lr:.2e}",
+            f"{self.step_time_s * 1e3:.0f} ms",
+            f"{self.tokens_per_s:,.0f} tokens/s",
+            None if self.mfu is None else f"MFU {self.mfu:.1%}",
+            None if self.power_w is None else f"{self.power_w:.0f} W",
+            None if self.energy_per_token_j is None else f"{self.energy_per_token_j * 1e3:.3g} mJ/token",
+            None if self.sm_clock_mhz is None else f"{self.sm_clock_mhz:.0f} MHz",
+            None if self.temperature_c is None else f"{self.temperature_c:.0f} C",
+            *(f"{reason} {seconds / self.step_time_s:.0%}" for reason, seconds in throttled.items()),
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+def step_record(
+    step: int,
+    metrics: dict[str, float],
+    window: Window,
+    *,
+    clock_zero_s: float,
+    tokens: int,
+    flops_per_token: float,
+    peak_flops: float | None,
+) -> StepRecord:
+    """The record of a step whose window of time is `window`."""
+    seconds = window.end_s - window.start_s
+    return StepRecord(
+        step=step,
+        time_s=window.end_s - clock_zero_s,
+        step_time_s=seconds,
+        tokens_per_s=tokens / seconds,
+        mfu=None if peak_flops is None else tokens / seconds * flops_per_token / peak_flops,
+        energy_j=window.energy_j,
+        energy_bound_j=window.energy_bound_j,
+        energy_per_token_j=None if window.energy_j is None else window.energy_j / tokens,
+        energy_source=window.energy_source,
+        energy_null_reason=window.energy_null_reason,
+        power_w=window.power_w,
+        sm_clock_mhz=window.sm_clock_mhz,
+        temperature_c=window.temperature_c,
+        throttle=window.throttle,
+        **metrics,
+    )
+
+
+def summarize(
+    records: list[StepRecord], stretches: list[Window], samples: list[Samples], tokens: int
+) -> dict[str, Any]:
+    """Medians over the steps after the first few, and totals over the stretches of uninterrupted training.
+
+    Args:
+      records: all steps.
+      stretches: windows that together cover all steps, and nothing but steps; long, so their bounds are tight.
+      samples: the raw samples of each stretch.
+      tokens: tokens in a step.
+    """
+    steady = records[_WARMUP_STEPS:] if len(records) > 2 * _WARMUP_STEPS else records
+    if not steady:
+        return {"steps": 0}
+    seconds = [record.step_time_s for record in steady]
+    power_w = _finite(sample.power_w for sample in samples)
+    sm_clock_mhz = _finite(sample.sm_clock_mhz for sample in samples)
+    training_s = sum(window.end_s - window.start_s for window in stretches)
+    return {
+        "steps": len(records),
+        "final_train_loss": statistics.fmean(record.loss for record in records[-10:]),
+        "step_time_s_median": statistics.median(seconds),
+        "step_time_s_p10_p90": [float(q) for q in np.percentile(seconds, [10, 90])],
+        "tokens_per_s_median": tokens / statistics.median(seconds),
+        "mfu_median": _median(record.mfu for record in steady),
+        "training_time_s": training_s,
+        **_energy_totals(stretches, tokens * len(records)),
+        "power_w_mean": float(power_w.mean()) if power_w.size else None,
+        "power_w_std": float(power_w.std()) if power_w.size else None,
+        "sm_clock_mhz_mean": float(sm_clock_mhz.mean()) if sm_clock_mhz.size else None,
+        "sm_clock_mhz_std": float(sm_clock_mhz.std()) if sm_clock_mhz.size else None,
+        "temperature_c_max": max((r.temperature_c for r in records if r.temperature_c is not None), default=None),
+        "throttle_s": _throttle_totals(stretches),
+    }
+
+
+def _energy_totals(stretches: list[Window], tokens: int) -> dict[str, Any]:
+    missing = next((window.energy_null_reason for window in stretches if window.energy_j is None), None)
+    if missing is not None or not stretches:
+        nothing = dict.fromkeys(("energy_j", "energy_bound_j", "energy_per_token_j", "energy_source"))
+        return nothing | {"energy_null_reason": missing or "no step was completed"}
+    energy_j = sum(window.energy_j for window in stretches if window.energy_j is not None)
+    return {
+        "energy_j": energy_j,
+        "energy_bound_j": sum(window.energy_bound_j or 0.0 for window in stretches),
+        "energy_per_token_j": energy_j / tokens,
+        "energy_source": stretches[0].energy_source,
+        "energy_null_reason": None,
+    }
+
+
+def _throttle_totals(stretches: list[Window]) -> dict[str, float] | None:
+    totals: dict[str, float] = {}
+    for window in stretches:
+        for reason, seconds in (window.throttle or {}).items():
+            totals[reason] = totals.get(reason, 0.0) + seconds
+    return totals or None
+
+
+def _finite(columns: Iterable[np.ndarray]) -> np.ndarray:
+    values = np.concatenate([*columns, np.empty(0)])
+    return values[np.isfinite(values)]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
