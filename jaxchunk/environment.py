@@ -1,5 +1,6 @@
 """What a record must carry to be worth anything later: versions, device, driver, flags, commit."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -27,6 +28,7 @@ def describe_environment(device_details: dict[str, Any] | None = None) -> dict[s
     return {
         "jaxchunk": jaxchunk.__version__,
         "git_commit": git_commit(),
+        "source_sha256": source_sha256(),
         "command": sys.argv,
         "python": platform.python_version(),
         "os": platform.platform(),
@@ -58,6 +60,15 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None
+
+
+def source_sha256() -> str:
+    """Digest of the package's source files: says which code ran also where there is no checkout."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """Figures from the records of a run. Colour-blind safe, units on the axes, readable in print."""
 
 import csv
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,7 @@ def plot_training(run_path: Path) -> Path:
     Returns:
       The figure's path.
     """
-    steps = read_json_lines(run_path / "steps.jsonl") if (run_path / "steps.jsonl").exists() else []
-    validation = read_json_lines(run_path / "validation.jsonl") if (run_path / "validation.jsonl").exists() else []
+    steps, validation = read_json_lines(run_path / "steps.jsonl"), read_json_lines(run_path / "validation.jsonl")
     telemetry = _read_telemetry(run_path / "telemetry.csv")
     figure, axes = _panels(5 if telemetry else 2)
     time_s = [record["time_s"] for record in steps]
@@ -62,13 +62,51 @@ def _plot_telemetry(axes: list["Axes"], telemetry: dict[str, np.ndarray], step_t
         axis.set_ylabel(label)
 
 
-def _panels(count: int) -> tuple["Figure", list["Axes"]]:
+def plot_lm_head(run_path: Path) -> Path:
+    """Draws `lm_head.png` from a benchmark's summary: time, and energy where it is known, of every variant.
+
+    Args:
+      run_path: a directory that `scripts/bench_lm_head.py` wrote.
+
+    Returns:
+      The figure's path.
+    """
+    rows = json.loads((run_path / "summary.json").read_text())
+    measures = [("time_s", 1e3, "time (ms)", BLUE), ("energy_j", 1.0, "energy (J, GPU rail)", VERMILION)]
+    measures = [measure for measure in measures if any(row[measure[0]] for row in rows)]
+    figure = _figure(4 * len(measures) + 2, 1 + 0.35 * len(rows))
+    axes = np.atleast_1d(figure.subplots(1, len(measures), sharey=True))
+    for axis, (field, scale, label, color) in zip(axes, measures, strict=True):
+        known = [(i, row[field]) for i, row in enumerate(rows) if row[field]]
+        medians = np.array([value["median"] for _, value in known]) * scale
+        errors = np.array([[v["median"] - v["low"], v["high"] - v["median"]] for _, v in known]).T * scale
+        axis.barh([i for i, _ in known], medians, xerr=errors, color=color, height=0.7, capsize=2)
+        axis.axvline(medians[0], color=GREY, linestyle="--", linewidth=1)
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes[0].invert_yaxis()
+    config = json.loads((run_path / "config.json").read_text())
+    shape = f"T={config['tokens']} D={config['width']} V={config['vocab']} {config['dtype']}"
+    figure.suptitle(f"LM head, forward and backward, {shape}\nbars: median and 95% bootstrap interval", fontsize=10)
+    path = run_path / "lm_head.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _figure(width: float, height: float) -> "Figure":
     # The object interface: no global state, no display needed, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.2 + 1.6 * count), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(count: int) -> tuple["Figure", list["Axes"]]:
+    figure = _figure(8, 1.2 + 1.6 * count)
     axes = list(np.atleast_1d(figure.subplots(count, 1, sharex=True)))
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -75,8 +75,10 @@ class RunDirectory:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a JSON-lines file up to the last whole line (a kill may have cut the one after it)."""
-    records = []
+    """Reads a JSON-lines file up to the last whole line (a kill may cut the next); empty where there is no file."""
+    records: list[dict[str, Any]] = []
+    if not Path(path).exists():
+        return records
     for line in Path(path).read_text().splitlines():
         try:
             records.append(json.loads(line))

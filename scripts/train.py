@@ -11,7 +11,7 @@ from jaxchunk.training.loop import train
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("jaxchunk").setLevel(logging.INFO)
     default = default_config(jax.default_backend())
     config = tyro.cli(TrainConfig, default=default, description=__doc__, use_underscores=True)

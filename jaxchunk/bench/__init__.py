@@ -1,0 +1,1 @@
+"""Workloads and the measuring protocol that every benchmark of the project shares."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,11 @@ from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
 from jaxchunk.training.programs import Programs, compile_programs
 from jaxchunk.training.progress import Progress
-from jaxchunk.training.records import StepRecord, step_record, summarize
+from jaxchunk.training.records import WARMUP_STEPS, StepRecord, step_record, summarize
 from jaxchunk.training.step import StepMetrics
 
 _logger = logging.getLogger("jaxchunk")
-_TICK_TIMEOUT_S = 1.0  # how long to wait at a stretch's end for the energy counter's next tick
+_TICK_TIMEOUT_S = 1.0  # how long to wait for the energy counter's next tick before and after a stretch
 
 
 class NonFiniteLossError(RuntimeError):
@@ -121,6 +122,7 @@ class _Training:
         self._completed: deque[_Completed] = deque()
         self._stretches: list[Window] = []
         self._samples: list[Samples] = []
+        self._steady_from_s = math.inf  # when clocks and power had settled
         self._validation: dict[str, float] = {}
         self._flops_per_token = training_flops_per_token(qwen2.SIZES[config.model], config.seq_len)
         self._peak_flops = peak_flops(jax.devices()[0], config.compute_dtype)
@@ -131,6 +133,7 @@ class _Training:
         state = self._programs.init(jax.random.key(config.seed))
         jax.block_until_ready(state)
         batches = iter(data.train_batches(self._split.train, config.batch_size, config.seed))
+        self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # no energy is known before the first tick
         with (
             Progress(config.steps) as self._progress,
             contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
@@ -165,7 +168,7 @@ class _Training:
             if previous_end_s > start_s:
                 self._write_records(wait=True)
                 self._stretches.append(self._monitor.window(start_s, previous_end_s))
-                self._samples.append(self._monitor.samples(start_s, previous_end_s))
+                self._samples.append(self._monitor.samples(max(start_s, self._steady_from_s), previous_end_s))
                 self._monitor.forget_before(previous_end_s)
         return state
 
@@ -173,6 +176,8 @@ class _Training:
         end_s = self._watcher.wait(step)
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         self._completed.append(_Completed(step, start_s, end_s, values))
+        if step == WARMUP_STEPS:
+            self._steady_from_s = end_s
         if not np.isfinite(values["loss"]):
             raise NonFiniteLossError(f"the loss is {values['loss']} at step {step}; the records up to it are kept")
         return end_s

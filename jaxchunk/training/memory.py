@@ -85,7 +85,7 @@ def estimate_bytes(config: TrainConfig, micro_batch_size: int) -> int:
     size = 2 if config.compute_dtype == "bfloat16" else 4
     tokens = micro_batch_size * config.seq_len
     D, F, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, model.num_hidden_layers
-    saved_per_layer = {"none": 3 * F + 10 * D, "dots": 2 * F + 6 * D, "full": D}[config.remat]
+    saved_per_layer = {"none": 3 * F + 6 * D, "dots": 2 * F + 5 * D, "full": D}[config.remat]
     working_set = 3 * F + 10 * D
     parameters = qwen2.num_params(model)
     gradient_sets = 1 if micro_batch_size == config.batch_size else 2

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxchunk.telemetry import Samples, Window
 
-_WARMUP_STEPS = 5  # left out of medians where a run is long enough: caches, clocks and the input pipeline settle
+WARMUP_STEPS = 5  # left out of medians where a run is long enough: caches, clocks and the input pipeline settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,10 @@ def summarize(
     Args:
       records: all steps.
       stretches: windows that together cover all steps, and nothing but steps; long, so their bounds are tight.
-      samples: the raw samples of each stretch.
+      samples: raw samples of power and clocks, of the steps after the first few.
       tokens: tokens in a step.
     """
-    steady = records[_WARMUP_STEPS:] if len(records) > 2 * _WARMUP_STEPS else records
+    steady = records[WARMUP_STEPS:] if len(records) > 2 * WARMUP_STEPS else records
     if not steady:
         return {"steps": 0}
     seconds = [record.step_time_s for record in steady]

@@ -93,7 +93,7 @@ def make_train_step(
             )
 
         loss, gradients = _accumulate(loss_and_gradients, batch, micro_batch_size)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))

@@ -88,12 +88,13 @@ def test_a_cotangent_of_one_folds_away():
 
 
 @pytest.mark.parametrize("num_chunks", [1, 4])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("device_kind", ["NVIDIA H200", "NVIDIA GB10", "NVIDIA GeForce RTX 4090"])
-def test_pallas_lowers_for_cuda_without_a_gpu(device_kind, num_chunks):
+def test_pallas_lowers_for_cuda_without_a_gpu(device_kind, dtype, num_chunks):
     device = AbstractDevice(device_kind=device_kind, num_cores=132, platform="gpu")
     operands = tuple(
         jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((16384, 896), jnp.bfloat16), ((151936, 896), jnp.float32), ((16384,), jnp.int32))
+        for shape, dtype in (((16384, 896), dtype), ((151936, 896), jnp.float32), ((16384,), jnp.int32))
     )
     gradients = jax.value_and_grad(lambda *xs: lm_head_loss(*xs, num_chunks=num_chunks), (0, 1))
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):

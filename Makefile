@@ -1,0 +1,37 @@
+# Two commands do everything from a fresh clone: `make train` and `make test`. Variables:
+#   PYTHON  interpreter to build the environment from (3.11 or newer)
+#   VENV    where the environment goes
+#   EXTRA   device support: cuda12, cuda13, or empty for a CPU
+#   ARGS    flags passed on, e.g. `make train ARGS="--lmhead_chunks 16 --steps 50"`
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?=
+ARGS ?=
+
+comma := ,
+INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
+
+.PHONY: train bench test lint clean
+
+train: $(INSTALLED)
+	$(VENV)/bin/python scripts/train.py --lmhead_chunks 4 $(ARGS)
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python scripts/bench_lm_head.py $(ARGS)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -n auto $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[test,lint$(if $(EXTRA),$(comma)$(EXTRA))]"
+	touch $@

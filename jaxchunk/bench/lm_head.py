@@ -1,0 +1,185 @@
+"""The LM-head benchmark: forward and backward of every implementation beside its floor, the three bare GEMMs."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxchunk import lm_head_loss
+from jaxchunk.bench.protocol import Measurement, Variant, bootstrap_median, ratios
+from jaxchunk.errors import InputError
+from jaxchunk.lm_head import choose_implementation
+
+_logger = logging.getLogger("jaxchunk")
+_USABLE = 0.94  # share of the allocator's limit
+FLOOR, AUTODIFF = "GEMM floor", "autodiff"
+
+
+@dataclasses.dataclass(frozen=True)
+class LMHeadBenchConfig:
+    """Forward and backward of the LM head at one shape."""
+
+    tokens: int = 1024
+    """T, rows of the hidden states."""
+    width: int = 128
+    """D, width of the hidden states."""
+    vocab: int = 4096
+    """V, vocabulary size."""
+    chunks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Chunk counts to measure."""
+    implementations: tuple[str, ...] = ("xla",)
+    """Implementations to measure."""
+    dtype: str = "float32"
+    """Dtype of the hidden states and of the computation; the weight is float32, as a trainer's master copy."""
+    repeats: int = 5
+    """Times that every variant is measured, in an order shuffled anew each time."""
+    window_s: float = 1.0
+    """Least length of one measurement, seconds of back-to-back calls."""
+    seed: int = 0
+    """Seed of the operands and of the order."""
+    out_dir: str | None = None
+    """Where records, table and figure go. Default: a new directory under runs/."""
+    overwrite: bool = False
+    """Replace a run that out_dir holds."""
+
+
+def default_config(platform: str) -> LMHeadBenchConfig:
+    """The paper's training shape (Qwen2-0.5B, 64 x 1024 tokens) on a GPU, the tiny model's on a CPU."""
+    if platform == "gpu":
+        return LMHeadBenchConfig(65536, 896, 151936, (1, 4, 8, 16), ("pallas", "xla"), "bfloat16")
+    return LMHeadBenchConfig(window_s=0.5)
+
+
+def validate(config: LMHeadBenchConfig) -> None:
+    """Refuses what cannot run.
+
+    Raises:
+      InputError: naming the flag, its value and what is needed.
+    """
+    for name in ("tokens", "width", "vocab", "repeats"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")
+    if not config.window_s > 0:
+        raise InputError(f"--window_s is {config.window_s}; it must be greater than 0")
+    if not config.chunks or min(config.chunks) < 1:
+        raise InputError(f"--chunks is {' '.join(map(str, config.chunks))}; give counts of at least 1")
+    if config.dtype not in ("bfloat16", "float32"):
+        raise InputError(f"--dtype is {config.dtype}; it must be bfloat16 or float32")
+    for implementation in config.implementations:
+        try:
+            choose_implementation(implementation, compute_dtype=config.dtype)
+        except ValueError as error:
+            raise InputError(f"--implementations: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled variant and the bytes of its temporaries (operands, loss and gradients not counted)."""
+
+    variant: Variant
+    temporary_bytes: int
+
+
+def compile_variants(config: LMHeadBenchConfig, limit_bytes: int | None) -> Iterator[Program]:
+    """Compiles floor, baseline and implementations; what does not fit in memory is left out with a word."""
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+    dtype = jnp.dtype(config.dtype)
+    hidden = jax.random.normal(keys[0], (config.tokens, config.width), dtype)
+    weight = 0.02 * jax.random.normal(keys[1], (config.vocab, config.width))
+    labels = jax.random.randint(keys[2], (config.tokens,), 0, config.vocab)
+    functions = {AUTODIFF: jax.value_and_grad(unchunked_loss, (0, 1))}
+    for implementation in config.implementations:
+        for num_chunks in config.chunks if implementation != "reference" else (1,):
+            name = f"{implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
+            functions[name] = jax.value_and_grad(_loss(implementation, num_chunks), (0, 1))
+    yield from _compile(FLOOR, three_gemms, (hidden, weight.astype(dtype)), limit_bytes)
+    for name, function in functions.items():
+        yield from _compile(name, function, (hidden, weight, labels), limit_bytes)
+
+
+def three_gemms(hidden: Float[Array, "T D"], weight: Float[Array, "V D"]) -> tuple[Array, Array, Array]:
+    """The arithmetic that no implementation can avoid: logits, dX and an fp32 dW (with the logits for dlogits)."""
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    logits = jnp.matmul(hidden, weight.T, precision=precision)
+    d_hidden = jnp.matmul(logits, weight, precision=precision)
+    d_weight = jnp.matmul(logits.T, hidden, precision=precision, preferred_element_type=jnp.float32)
+    return logits, d_hidden, d_weight
+
+
+def unchunked_loss(
+    hidden: Float[Array, "T D"], weight: Float[Array, "V D"], labels: Int[Array, " T"]
+) -> Float[Array, ""]:
+    """What people write without jaxchunk: all logits at once, optax's loss, gradients by autodiff."""
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    logits = jnp.matmul(hidden, weight.astype(hidden.dtype).T, precision=precision)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).astype(jnp.float32).mean()
+
+
+def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) -> list[dict[str, Any]]:
+    """One row a variant: medians with intervals, ratios to the floor and to autodiff (None where those are missing)."""
+    rows = []
+    for program in programs:
+        name = program.variant.name
+        own = [m for m in measurements if m.variant == name]
+        row: dict[str, Any] = {"variant": name, "temporary_bytes": program.temporary_bytes}
+        for field in ("time_s", "energy_j", "power_w", "power_w_std", "sm_clock_mhz"):
+            values = [value for m in own if (value := getattr(m, field)) is not None]
+            row[field] = bootstrap_median(values)._asdict() if values else None
+        for baseline, label in ((FLOOR, "floor"), (AUTODIFF, "autodiff")):
+            for field, quantity in (("time_s", "time"), ("energy_j", "energy")):
+                relative = ratios(measurements, name, baseline, field)
+                row[f"{quantity}_over_{label}"] = bootstrap_median(relative)._asdict() if relative else None
+        bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
+        row["energy_bound_j"] = max(bounds) if bounds else None
+        row["energy_null_reason"] = next((m.energy_null_reason for m in own if m.energy_null_reason), None)
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The summary as a Markdown table; an interval is the 95% bootstrap interval of the median."""
+    lines = [
+        "| variant | ms | time / GEMM floor | time / autodiff | J | energy / GEMM floor | W | temporaries, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            row["variant"],
+            _cell(row["time_s"], 1e3, 2),
+            _cell(row["time_over_floor"], 1, 3, interval=True),
+            _cell(row["time_over_autodiff"], 1, 2),
+            _cell(row["energy_j"], 1, 2),
+            _cell(row["energy_over_floor"], 1, 3, interval=True),
+            _cell(row["power_w"], 1, 0),
+            f"{row['temporary_bytes'] / 1e9:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, float] | None, scale: float, digits: int, *, interval: bool = False) -> str:
+    if value is None:
+        return "null"
+    median = f"{value['median'] * scale:.{digits}f}"
+    return f"{median} ({value['low'] * scale:.{digits}f} to {value['high'] * scale:.{digits}f})" if interval else median
+
+
+def _loss(implementation: str, num_chunks: int) -> Any:
+    return lambda *operands: lm_head_loss(*operands, num_chunks=num_chunks, implementation=implementation)
+
+
+def _compile(name: str, function: Any, arguments: tuple, limit_bytes: int | None) -> Iterator[Program]:
+    program = jax.jit(function).lower(*arguments).compile()
+    analysis = program.memory_analysis()
+    assert analysis is not None, "CPU and GPU back ends have this analysis"
+    needed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    if limit_bytes is not None and needed > _USABLE * limit_bytes:
+        _logger.warning("%s is left out: it needs %.1f GB of %.1f", name, needed / 1e9, limit_bytes / 1e9)
+    else:
+        yield Program(Variant(name, lambda: program(*arguments)), analysis.temp_size_in_bytes)

@@ -1,0 +1,61 @@
+"""The LM-head benchmark: what it compiles, refuses and writes into its table."""
+
+import dataclasses
+
+import pytest
+
+from jaxchunk.bench import lm_head
+from jaxchunk.bench.protocol import Measurement
+from jaxchunk.errors import InputError
+
+CONFIG = lm_head.LMHeadBenchConfig(tokens=64, width=16, vocab=97, chunks=(1, 3))
+
+
+def test_floor_baseline_and_every_chunk_count_are_compiled():
+    programs = list(lm_head.compile_variants(CONFIG, limit_bytes=None))
+    assert [p.variant.name for p in programs] == ["GEMM floor", "autodiff", "xla, 1 chunk", "xla, 3 chunks"]
+    (autodiff, _), (ours, _) = programs[1].variant.call(), programs[3].variant.call()
+    assert float(ours) == pytest.approx(float(autodiff), rel=1e-5)
+    assert programs[0].variant.call()[0].shape == (64, 97)
+
+
+def test_what_does_not_fit_is_left_out_with_a_word(caplog):
+    assert list(lm_head.compile_variants(CONFIG, limit_bytes=1000)) == []
+    assert "xla, 3 chunks is left out: it needs 0.0 GB of 0.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 0}, "--tokens is 0; it must be at least 1"),
+        ({"chunks": (4, 0)}, "--chunks is 4 0; give counts of at least 1"),
+        ({"chunks": ()}, "--chunks is "),
+        ({"dtype": "float16"}, "--dtype is float16"),
+        ({"window_s": 0.0}, "--window_s is 0.0"),
+        ({"implementations": ("liger",)}, "--implementations: implementation is 'liger'"),
+    ],
+)
+def test_bad_flags_are_named(change, words):
+    with pytest.raises(InputError, match=words):
+        lm_head.validate(dataclasses.replace(CONFIG, **change))
+
+
+def measurement(variant, repeat, time_s, energy_j):
+    return Measurement(variant, repeat, 10, time_s, energy_j, 0.1, "simulated", None, 500.0, 5.0, 1500.0, 60.0, None)
+
+
+def test_summary_and_table():
+    programs = list(lm_head.compile_variants(dataclasses.replace(CONFIG, chunks=(3,)), None))
+    times = {"GEMM floor": 0.08, "autodiff": 0.2, "xla, 3 chunks": 0.1}
+    drift = [1.0, 1.1, 1.2]  # the same for all within a repeat: ratios must not see it
+    measurements = [measurement(n, r, t * drift[r], 10 * t) for n, t in times.items() for r in range(3)]
+    rows = lm_head.summarize(measurements, programs)
+    ours = rows[2]
+    assert ours["time_s"]["median"] == pytest.approx(0.11)
+    assert ours["time_over_floor"] == pytest.approx({"median": 1.25, "low": 1.25, "high": 1.25})
+    assert ours["time_over_autodiff"]["median"] == pytest.approx(0.5)
+    assert ours["energy_over_floor"]["median"] == pytest.approx(1.25)
+    row = lm_head.table(rows).splitlines()[-1]
+    assert (
+        row == "| xla, 3 chunks | 110.00 | 1.250 (1.250 to 1.250) | 0.50 | 1.00 | 1.250 (1.250 to 1.250) | 500 | 0.00 |"
+    )

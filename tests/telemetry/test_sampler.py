@@ -1,0 +1,214 @@
+"""The sampler: its rhythm, failures while running, the CSV file, the thread."""
+
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxchunk.errors import InputError
+from jaxchunk.telemetry import Monitor, NotSupported, ReadFailed
+from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, drive
+
+ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")
+LOST = ReadFailed("NVML_ERROR_GPU_IS_LOST")
+
+
+def rig(power_w=500.0, monitor_options=None, **device_options):
+    clock = ManualClock()
+    device = SimulatedDevice(Constant(power_w), clock, **device_options)
+    return clock, device, Monitor(device, now=clock, **(monitor_options or {}))
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_quantity_at_its_period():
+    clock, device, monitor = rig()
+    device.calls.clear()
+    drive(monitor.sampler.poll_once, clock, 10.0)
+    assert device.calls["total_energy_j"] == pytest.approx(1000, abs=10)
+    assert device.calls["power_instant_w"] == pytest.approx(400, abs=20)
+    assert device.calls["sm_clock_mhz"] == device.calls["temperature_c"] == device.calls["power_instant_w"]
+    assert device.calls["throttle_s"] == pytest.approx(100, abs=5)
+    assert "power_average_w" not in device.calls  # probed, but the instantaneous one serves
+    assert "power_limit_w" not in device.calls
+
+
+def test_samples_are_jittered_around_their_period():
+    clock, _, monitor = rig()
+    drive(monitor.sampler.poll_once, clock, 20.0)
+    apart_s = np.diff(monitor.samples().time_s)
+    assert apart_s.mean() == pytest.approx(0.025, rel=0.05)
+    assert 0.005 < apart_s.std() < 0.012
+    assert apart_s.max() < 0.04
+
+
+def test_after_a_stall_there_is_no_catching_up():
+    clock, device, monitor = rig()
+    drive(monitor.sampler.poll_once, clock, 1.0)
+    clock.advance(60.0)
+    device.calls.clear()
+    drive(monitor.sampler.poll_once, clock, 62.0)
+    assert device.calls["total_energy_j"] == pytest.approx(100, abs=3)
+
+
+@pytest.mark.parametrize("error", [ABSENT, LOST])
+def test_calls_that_failed_the_probe_are_never_made_again(error):
+    failing = dict.fromkeys(("total_energy_j", "sm_clock_mhz", "throttle_s"), error)
+    clock, device, monitor = rig(failing=failing)
+    drive(monitor.sampler.poll_once, clock, 2.0)
+    assert all(device.calls[call] == 1 for call in failing)
+    assert monitor.errors == {}
+    window = monitor.window(0.5, 1.5)
+    assert window.energy_source == "nvml_power_instant"
+    assert window.sm_clock_mhz is None and window.throttle is None
+    assert window.energy_j == pytest.approx(500.0) and window.temperature_c == 60.0
+
+
+@pytest.mark.parametrize(
+    ("call", "unknown"),
+    [
+        ("total_energy_j", "energy_j"),
+        ("sm_clock_mhz", "sm_clock_mhz"),
+        ("temperature_c", "temperature_c"),
+        ("throttle_s", "throttle"),
+    ],
+)
+def test_a_call_that_fails_later_is_unknown_and_counted(call, unknown):
+    clock, device, monitor = rig()
+    drive(monitor.sampler.poll_once, clock, 2.0)
+    device.failing[call] = LOST
+    drive(monitor.sampler.poll_once, clock, 6.0)
+    window = monitor.window(4.0, 5.0)
+    fields = ("energy_j", "sm_clock_mhz", "temperature_c", "throttle")
+    for field in fields:
+        assert (getattr(window, field) is None) == (field == unknown)
+    assert monitor.errors[call].count >= 30
+    assert monitor.errors[call].last_reason == "NVML_ERROR_GPU_IS_LOST"
+    assert set(monitor.errors) == {call}
+    assert monitor.ready(5.0)  # waiting longer would not help
+    if call == "total_energy_j":
+        assert window.power_w == pytest.approx(500.0)  # of the samples
+        assert "NVML_ERROR_GPU_IS_LOST" in window.energy_null_reason
+
+
+def test_power_failing_later_is_a_hole_and_heals():
+    clock, device, monitor = rig(failing={"total_energy_j": ABSENT})
+    drive(monitor.sampler.poll_once, clock, 2.0)
+    device.failing["power_instant_w"] = LOST
+    drive(monitor.sampler.poll_once, clock, 4.0)
+    del device.failing["power_instant_w"]
+    drive(monitor.sampler.poll_once, clock, 7.0)
+    assert np.isnan(monitor.samples(2.1, 3.9).power_w).all()
+    assert "last error: NVML_ERROR_GPU_IS_LOST" in monitor.window(1.0, 5.0).energy_null_reason
+    assert monitor.window(2.5, 3.5).power_w is None
+    assert monitor.window(5.0, 6.0).energy_j == pytest.approx(500.0)
+
+
+def test_a_short_failure_is_bridged_by_the_counter():
+    clock, device, monitor = rig()
+    drive(monitor.sampler.poll_once, clock, 2.0)
+    device.failing["total_energy_j"] = LOST
+    drive(monitor.sampler.poll_once, clock, 2.2)
+    device.failing.clear()
+    drive(monitor.sampler.poll_once, clock, 5.0)
+    assert monitor.window(1.0, 4.0).energy_j == pytest.approx(1500.0, rel=0.02)
+
+
+def test_csv_has_every_sample(tmp_path):
+    path = tmp_path / "telemetry.csv"
+    clock, _, monitor = rig(monitor_options={"csv_path": path})
+    clock.advance(100.0)  # the file's times start at the run's start
+    drive(monitor.sampler.poll_once, clock, 103.0)
+    assert len(rows_of(path)) > 50  # flushed while running
+    monitor.stop()
+    rows = rows_of(path)
+    samples = monitor.samples()
+    assert list(rows[0]) == ["time_s", "power_w", "sm_clock_mhz", "temperature_c", "total_energy_j"]
+    assert len(rows) == len(samples.time_s)
+    np.testing.assert_allclose([float(row["time_s"]) for row in rows], samples.time_s - 100.0, atol=1e-4)
+    assert {(row["power_w"], row["sm_clock_mhz"], row["temperature_c"]) for row in rows} == {("500", "1500", "60")}
+    energies = [float(row["total_energy_j"]) for row in rows]
+    assert energies[-1] - energies[0] == pytest.approx(1500.0, abs=60.0)
+
+
+def test_csv_leaves_missing_values_empty(tmp_path):
+    path = tmp_path / "telemetry.csv"
+    failing = {"total_energy_j": ABSENT, "sm_clock_mhz": ABSENT}
+    clock, device, monitor = rig(monitor_options={"csv_path": path}, failing=failing)
+    drive(monitor.sampler.poll_once, clock, 0.5)
+    device.failing["temperature_c"] = LOST
+    drive(monitor.sampler.poll_once, clock, 1.0)
+    monitor.stop()
+    rows = rows_of(path)
+    assert {row["sm_clock_mhz"] for row in rows} == {row["total_energy_j"] for row in rows} == {""}
+    assert rows[0]["temperature_c"] == "60" and rows[-1]["temperature_c"] == ""
+
+
+def test_csv_does_not_repeat_a_stale_counter(tmp_path):
+    path = tmp_path / "telemetry.csv"
+    clock, device, monitor = rig(monitor_options={"csv_path": path})
+    drive(monitor.sampler.poll_once, clock, 0.5)
+    device.failing["total_energy_j"] = LOST
+    drive(monitor.sampler.poll_once, clock, 1.0)
+    monitor.stop()
+    rows = rows_of(path)
+    assert rows[0]["total_energy_j"] != "" and rows[-1]["total_energy_j"] == ""
+
+
+def test_an_unwritable_csv_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="cannot write telemetry to"):
+        rig(monitor_options={"csv_path": tmp_path / "missing" / "telemetry.csv"})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_file_and_not_the_measurement():
+    clock, _, monitor = rig(monitor_options={"csv_path": "/dev/full"})
+    drive(monitor.sampler.poll_once, clock, 3.0)
+    assert monitor.errors["telemetry.csv"].count == 1
+    assert monitor.window(1.0, 2.0).energy_j == pytest.approx(500.0, rel=0.05)
+
+
+def test_forgetting_frees_the_samples_and_keeps_later_windows():
+    clock, _, monitor = rig()
+    drive(monitor.sampler.poll_once, clock, 10.0)
+    before = monitor.window(8.0, 9.0)
+    monitor.forget_before(8.0)
+    assert monitor.samples().time_s[0] > 6.9
+    assert monitor.window(8.0, 9.0) == before
+    assert monitor.window(2.0, 3.0).energy_j is None
+
+
+class WallPacedDevice(SimulatedDevice):
+    """A simulated device on the real clock."""
+
+    def __init__(self):
+        super().__init__(Constant(500.0), time.perf_counter, tick_s=0.02)
+
+
+def measure_for(monitor, seconds):
+    start_s = monitor.now()
+    time.sleep(seconds)
+    end_s = monitor.now()
+    assert monitor.wait_ready(end_s, timeout_s=10.0)
+    return monitor.window(start_s, end_s)
+
+
+def test_the_thread_measures_and_ends():
+    device = WallPacedDevice()
+    with Monitor(device) as monitor:
+        time.sleep(0.1)
+        for _ in range(20):  # on a busy machine a window can hold a gap
+            window = measure_for(monitor, 0.3)
+            if window.energy_j is not None:
+                break
+    assert window.energy_j is not None, window.energy_null_reason
+    assert abs(window.energy_j - device.true_energy_j(window.start_s, window.end_s)) <= window.energy_bound_j
+    assert window.sm_clock_mhz == 1500.0
+    calls = dict(device.calls)
+    time.sleep(0.05)
+    assert device.calls == calls

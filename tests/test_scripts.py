@@ -1,0 +1,95 @@
+"""The scripts as people run them: in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {i} of a text that repeats itself, line {i % 7}\n" for i in range(3000)))
+    return path
+
+
+def run_script(name, *flags):
+    return subprocess.run(
+        [sys.executable, SCRIPTS / name, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_train_end_to_end(tmp_path, text):
+    flags = ["--data", text, "--cache_dir", tmp_path / "cache", "--lmhead-chunks", 4, "--seq_len", 32, "--steps", 6]
+    done = run_script("train.py", *flags, "--out_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert len(steps) == 6
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[0]["energy_j"] is None
+    assert "no GPU to measure" in steps[0]["energy_null_reason"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "env.json", "steps.jsonl", "validation.jsonl", "summary.json", "training.png",
+    }  # fmt: skip
+    again = run_script("train.py", *flags, "--out_dir", tmp_path / "run")
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith("error: out_dir")
+    assert "pass --overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lmhead_chunks", "0"], "error: --lmhead_chunks is 0; it must be at least 1"),
+        (["--lmhead_impl", "pallas"], "error: --lmhead_impl: implementation='pallas' cannot run"),
+        (["--data", "/no/such/file"], "/no/such/file"),
+        (["--out_dir", "/dev/null/run"], "error: out_dir /dev/null/run cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(flags, words, tmp_path):
+    done = run_script("train.py", "--cache_dir", tmp_path, *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_unknown_flag_is_status_2():
+    done = run_script("train.py", "--lm_head_chunks", "4")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_bench_end_to_end(tmp_path):
+    flags = [
+        "--tokens",
+        "64",
+        "--width",
+        "16",
+        "--vocab",
+        "97",
+        "--chunks",
+        "1",
+        "3",
+        "--repeats",
+        "2",
+        "--window_s",
+        "0.02",
+    ]
+    done = run_script("bench_lm_head.py", *flags, "--out_dir", tmp_path / "bench")
+    assert done.returncode == 0, done.stderr
+    assert "| xla, 3 chunks |" in done.stdout
+    assert "energy null: JAX runs on cpu: no GPU to measure" in done.stdout
+    records = (tmp_path / "bench" / "records.jsonl").read_text().splitlines()
+    assert len(records) == 2 * 4
+    assert (tmp_path / "bench" / "lm_head.png").read_bytes().startswith(b"\x89PNG")
+    assert run_script("bench_lm_head.py", "--chunks", "0").returncode == 2

@@ -1,0 +1,43 @@
+"""Bad flags are named before anything starts."""
+
+import dataclasses
+
+import pytest
+
+from jaxchunk.errors import InputError
+from jaxchunk.training.config import TrainConfig, default_config, validate
+
+
+def test_the_defaults_are_valid_on_a_cpu():
+    validate(default_config("cpu"))
+    assert default_config("cpu").model == "tiny"
+    gpu = default_config("gpu")
+    assert (gpu.model, gpu.seq_len, gpu.batch_size, gpu.compute_dtype) == ("qwen2-0.5b", 1024, 64, "bfloat16")
+    assert gpu.tokens_per_step == 65536
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lmhead_chunks": 0}, "--lmhead_chunks is 0; it must be at least 1"),
+        ({"seq_len": 0}, "--seq_len is 0"),
+        ({"seq_len": 40000}, "--seq_len is 40000; tiny has 32768 positions"),
+        ({"batch_size": -1}, "--batch_size is -1"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"lr": 0.0}, "--lr is 0.0; it must be greater than 0"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"beta2": 1.0}, "--beta2 is 1.0; it must be between 0 and 1"),
+        ({"val_fraction": 0.0}, "--val_fraction is 0.0"),
+        ({"val_every": -1}, "--val_every is -1; it must not be negative"),
+        ({"final_lr_ratio": 2.0}, "--final_lr_ratio is 2.0"),
+        ({"warmup_steps": 501}, r"--warmup_steps is 501; it must be between 0 and --steps \(500\)"),
+        ({"micro_batch_size": 3}, r"--micro_batch_size is 3; it must divide --batch_size \(8\)"),
+        ({"lmhead_impl": "cuda"}, "--lmhead_impl: implementation is 'cuda'"),
+        ({"lmhead_impl": "pallas"}, "--lmhead_impl: implementation='pallas' cannot run: it needs an NVIDIA GPU"),
+    ],
+)
+def test_bad_values_are_named(change, words, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    with pytest.raises(InputError, match=words) as caught:
+        validate(dataclasses.replace(TrainConfig(), **change))
+    assert "\n" not in str(caught.value)

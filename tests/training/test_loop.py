@@ -1,0 +1,125 @@
+"""The loop end to end in one process: records, energy from a simulated GPU, interrupts, bad losses."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxchunk.models import qwen2
+from jaxchunk.run_dir import read_json_lines
+from jaxchunk.telemetry import Monitor, NotSupported, SimulatedDevice
+from jaxchunk.telemetry.simulated import Constant
+from jaxchunk.training import loop
+from jaxchunk.training.config import TrainConfig
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(300, 32, 2, 4, 2, 48, tie_word_embeddings=True))
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return TrainConfig(
+        data=str(text), cache_dir=str(tmp_path / "cache"), seq_len=16, batch_size=4, steps=12, val_every=5,
+        val_batches=2, out_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+
+
+def run(config):
+    summary = loop.train(config)
+    path = loop.Path(config.out_dir)
+    return summary, read_json_lines(path / "steps.jsonl"), read_json_lines(path / "validation.jsonl")
+
+
+def test_records_of_a_run(config, capsys):
+    summary, steps, validation = run(config)
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert [record["step"] for record in validation] == [5, 10, 12]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    for record in steps:
+        assert record["energy_j"] is None
+        assert record["energy_null_reason"] == "JAX runs on cpu: no GPU to measure"
+        assert record["power_w"] is None and record["throttle"] is None and record["mfu"] is None
+        assert record["tokens_per_s"] == pytest.approx(64 / record["step_time_s"])
+    assert np.all(np.diff([record["time_s"] for record in steps]) > 0)
+    path = loop.Path(config.out_dir)
+    assert json.loads((path / "summary.json").read_text()) == summary
+    assert json.loads((path / "config.json").read_text()) == dataclasses.asdict(config)
+    environment = json.loads((path / "env.json").read_text())
+    assert environment["packages"]["jax"] == jax.__version__
+    assert environment["gpu"]["energy_source"] is None
+    assert (path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert summary["val_loss"] == validation[-1]["val_loss"]
+    assert summary["interrupted"] is False
+    out = capsys.readouterr().out
+    assert "LM head  xla, 4 chunk(s) of 16 tokens in each micro-batch (pallas cannot run" in out
+    assert "step 12/12  loss" in out
+    assert "energy null: JAX runs on cpu" in out
+
+
+def test_one_and_four_chunks_give_the_same_loss_curve(config):
+    curves = [
+        [record["loss"] for record in run(dataclasses.replace(config, lmhead_chunks=n, overwrite=True))[1]]
+        for n in (1, 4)
+    ]
+    np.testing.assert_allclose(*curves, rtol=1e-5)
+
+
+def test_the_seed_settles_everything(config):
+    def losses(seed):
+        return [r["loss"] for r in run(dataclasses.replace(config, seed=seed, overwrite=True))[1]]
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+@pytest.mark.parametrize(
+    ("failing", "source"),
+    [({}, "nvml_total_energy"), ({"total_energy_j": NotSupported("no counter")}, "nvml_power_instant")],
+)
+def test_energy_of_every_step_comes_from_the_device(config, monkeypatch, failing, source):
+    """On a simulated GPU that draws a constant 300 W; ticks of 5 ms let these short steps be resolved."""
+
+    def open_simulated(jax_device, *, csv_path):
+        clock = loop.CompletionWatcher.__init__.__defaults__[0]
+        device = SimulatedDevice(Constant(300.0), clock, tick_s=0.005, failing=failing)
+        return Monitor(device, csv_path=csv_path, poll_period_s=0.001, sample_period_s=0.002)
+
+    monkeypatch.setattr(loop, "open_monitor", open_simulated)
+    summary, steps, _ = run(dataclasses.replace(config, batch_size=32, seq_len=64, steps=30, val_every=0))
+    assert {record["energy_source"] for record in steps} == {source}
+    known = [record for record in steps if record["energy_j"] is not None]
+    assert len(known) >= 10
+    for record in known:
+        assert abs(record["energy_j"] - 300.0 * record["step_time_s"]) <= record["energy_bound_j"] * 1.01 + 1e-6
+        assert record["energy_per_token_j"] == pytest.approx(record["energy_j"] / 2048)
+        assert record["power_w"] == pytest.approx(300.0, rel=0.11)
+    for record in steps:
+        assert (record["energy_j"] is None) == (record["energy_null_reason"] is not None)
+    assert summary["energy_j"] == pytest.approx(300.0 * summary["training_time_s"], rel=0.05)
+    assert summary["power_w_std"] == pytest.approx(0.0, abs=1e-6)
+    assert (loop.Path(config.out_dir) / "telemetry.csv").read_text().count("\n") > 10
+
+
+def test_an_interrupt_keeps_what_was_measured(config, monkeypatch, capsys):
+    append = loop.RunDirectory.append
+
+    def interrupt_at_step_3(self, name, record):
+        append(self, name, record)
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.RunDirectory, "append", interrupt_at_step_3)
+    summary, steps, validation = run(config)
+    assert summary["interrupted"] is True
+    assert 3 <= summary["steps"] == len(steps) < 12
+    assert validation == []
+    assert "interrupted after" in capsys.readouterr().out
+
+
+def test_a_bad_loss_stops_the_run_and_says_where(config):
+    with pytest.raises(loop.NonFiniteLossError, match="the loss is nan at step"):
+        run(dataclasses.replace(config, lr=1e30, grad_clip=1e30))
+    steps = read_json_lines(loop.Path(config.out_dir) / "steps.jsonl")
+    assert steps and np.isnan(steps[-1]["loss"])
