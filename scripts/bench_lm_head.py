@@ -6,13 +6,14 @@
 import dataclasses
 import datetime
 import logging
+import os
 from pathlib import Path
 
 import jax
 import tyro
 from tqdm import tqdm
 
-from jaxchunk import environment, plotting
+from jaxchunk import device_memory, environment, plotting
 from jaxchunk.bench import lm_head, protocol
 from jaxchunk.errors import exit_on_input_error
 from jaxchunk.run_dir import RunDirectory
@@ -21,6 +22,7 @@ from jaxchunk.telemetry import open_monitor
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    device_memory.allocate_as_needed(os.environ)
     default = lm_head.default_config(jax.default_backend())
     config = tyro.cli(lm_head.LMHeadBenchConfig, default=default, description=__doc__, use_underscores=True)
     with exit_on_input_error():
@@ -29,7 +31,7 @@ def main() -> None:
         run = RunDirectory(config.out_dir or Path("runs") / f"{stamp}-lm-head", overwrite=config.overwrite)
     device = jax.devices()[0]
     print(f"{device.device_kind}: T={config.tokens} D={config.width} V={config.vocab} {config.dtype}; compiling ...")
-    programs = list(lm_head.compile_variants(config, (device.memory_stats() or {}).get("bytes_limit")))
+    programs = list(lm_head.compile_variants(config, device_memory.limit_bytes(device)))
     variants = [program.variant for program in programs]
     measurements = []
     with run, open_monitor(device, csv_path=run.path / "telemetry.csv") as monitor:

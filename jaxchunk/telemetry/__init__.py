@@ -23,7 +23,7 @@ from jaxchunk.telemetry.device import (
     probe,
 )
 from jaxchunk.telemetry.monitor import Monitor, Window, open_monitor
-from jaxchunk.telemetry.nvml import NvmlDevice, find_device
+from jaxchunk.telemetry.nvml import NvmlDevice, all_devices, find_device
 from jaxchunk.telemetry.sampler import EnergySource
 from jaxchunk.telemetry.samples import Samples
 from jaxchunk.telemetry.simulated import SimulatedDevice
@@ -45,6 +45,7 @@ __all__ = [
     "Samples",
     "SimulatedDevice",
     "Window",
+    "all_devices",
     "find_device",
     "open_monitor",
     "probe",

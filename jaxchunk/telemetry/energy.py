@@ -1,5 +1,6 @@
 """Energy over time with an honest bound: from a counter that ticks, or from samples of power."""
 
+import itertools
 import math
 from array import array
 from bisect import bisect_left
@@ -42,6 +43,7 @@ class CounterCurve(CumulativeCurve):
     """
 
     MIN_INTERVAL = 5.0
+    LEARNING_TICKS = 6
 
     def __init__(self, period_s: float, *, power_range: PowerRange = no_power_samples, resolution_j: float = 1e-3):
         super().__init__("the energy counter", period_s)
@@ -78,6 +80,14 @@ class CounterCurve(CumulativeCurve):
     def settled(self, end_s: float) -> bool:
         """True one tick later than the curve reaches `end_s`: the bound looks at the neighbour as well."""
         return len(self._times_s) >= 2 and self._times_s[-2] >= end_s
+
+    def earliest_next_tick_s(self) -> float:
+        """Before this time no tick is expected, by the shortest of the latest intervals; -inf while unknown."""
+        latest = self._times_s[-self.LEARNING_TICKS :]
+        if len(latest) < self.LEARNING_TICKS:
+            return -math.inf
+        shortest_s = min(later - earlier for earlier, later in itertools.pairwise(latest))
+        return latest[-1] + shortest_s - 2 * self._uncertainty_s[-1]
 
     def _add_tick(self, time_s: float, uncertainty_s: float, energy_j: float) -> None:
         if self._times_s:

@@ -59,6 +59,18 @@ def find_device(jax_device: JaxDevice) -> "NvmlDevice":
     return NvmlDevice(nvml, handle)
 
 
+def all_devices() -> "list[NvmlDevice]":
+    """Every GPU that NVML knows, in its own order; none where there is no NVML."""
+    try:
+        nvml = _load_nvml()
+    except DeviceNotFound:
+        return []
+    try:
+        return [NvmlDevice(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
+    except (nvml.NVMLError, ReadError):
+        return []
+
+
 def cuda_uuid(ordinal: int) -> str:
     """UUID of a CUDA device as NVML spells it, `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`.
 
@@ -173,6 +185,16 @@ class NvmlDevice:
             violation = self._call("nvmlDeviceGetViolationStatus", policy)
             seconds[reason] = violation.violationTime * THROTTLE_UNIT_S
         return seconds
+
+    def has_own_memory(self) -> bool:
+        """Whether the GPU has memory apart from the host's; NVML reports no memory for a DGX Spark's."""
+        try:
+            self._call("nvmlDeviceGetMemoryInfo")
+        except NotSupported:
+            return False
+        except ReadError:
+            return True
+        return True
 
     def describe(self) -> dict[str, object]:
         """See `Device`. What the GPU does not tell is None, and `<key>_null_reason` says why."""

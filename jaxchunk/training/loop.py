@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchunk import data, environment, plotting
+from jaxchunk import data, device_memory, environment, plotting
 from jaxchunk.lm_head import choose_implementation
 from jaxchunk.models import qwen2
 from jaxchunk.models.attention import choose_attention
 from jaxchunk.run_dir import RunDirectory
 from jaxchunk.telemetry import CompletionWatcher, Monitor, Samples, Window, open_monitor
-from jaxchunk.training import banner, memory
+from jaxchunk.training import banner
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
 from jaxchunk.training.programs import Programs, compile_programs
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     choice = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
     _logger.info("compiling %s ...", config.model)
     execution, attention_reason = _execution(config)
-    programs = compile_programs(config, execution, memory.memory_limit_bytes(device))
+    programs = compile_programs(config, execution, device_memory.limit_bytes(device))
     with run, open_monitor(device, csv_path=run.path / "telemetry.csv") as monitor:
         clock_zero_s = monitor.now()
         run.write_json("config.json", dataclasses.asdict(config))

@@ -94,11 +94,6 @@ def estimate_bytes(config: TrainConfig, micro_batch_size: int) -> int:
     return state + tokens * size * (L * saved_per_layer + working_set) + logits
 
 
-def memory_limit_bytes(device: jax.Device) -> int | None:
-    """What the device's allocator will hand out in all; None where it does not say (a CPU)."""
-    return (device.memory_stats() or {}).get("bytes_limit")
-
-
 def _plan(program: jax.stages.Compiled, micro_batch_size: int, limit_bytes: int | None) -> MemoryPlan:
     analysis = program.memory_analysis()
     assert analysis is not None, "CPU and GPU back ends have this analysis"

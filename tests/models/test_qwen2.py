@@ -165,11 +165,14 @@ def test_attention_choice_on_a_cpu_says_why():
 
 @pytest.mark.gpu
 def test_cudnn_attention_agrees_with_xla():
-    config = dataclasses.replace(qwen2.SIZES["qwen2-0.5b"], vocab_size=1000, num_hidden_layers=2)
+    config = dataclasses.replace(qwen2.SIZES["qwen2-0.5b"], vocab_size=1000, num_hidden_layers=1)
     params = random_params(config)
     tokens = jax.random.randint(jax.random.key(1), (2, 256), 0, 1000)
     assert choose_attention(config, 256, jnp.bfloat16)[0] == "cudnn"
-    exact = qwen2.hidden_states(config, params, tokens, FP32)
-    for attention in ("xla", "cudnn"):
-        ours = qwen2.hidden_states(config, params, tokens, Execution(jnp.bfloat16, attention))
-        assert np.linalg.norm(ours.astype(jnp.float32) - exact) / np.linalg.norm(exact) < 3e-2
+
+    def hidden(execution):
+        return jax.jit(lambda params: qwen2.hidden_states(config, params, tokens, execution))(params)
+
+    exact = hidden(FP32)
+    xla, cudnn = (np.linalg.norm(hidden(Execution(jnp.bfloat16, attention)) - exact) for attention in ("xla", "cudnn"))
+    assert 0 < cudnn < 1.5 * xla

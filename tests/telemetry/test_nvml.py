@@ -316,3 +316,15 @@ def test_open_monitor_without_nvml(fake_nvml, use_cuda, monkeypatch, trouble):
     monitor = open_monitor(gpu())
     assert monitor.device is None and monitor.energy_source is None
     assert monitor.window(0.0, 1.0).energy_null_reason == f"NVML not available: {reason}"
+
+
+def test_all_devices_and_their_memory(fake_nvml):
+    fake_nvml.nvmlDeviceGetCount = lambda: 2
+    fake_nvml.nvmlDeviceGetHandleByIndex = lambda index: "handle"
+    assert [device.has_own_memory() for device in nvml_module.all_devices()] == [True, True]
+    fake_nvml.failing["nvmlDeviceGetMemoryInfo"] = NOT_SUPPORTED  # as on a DGX Spark
+    assert [device.has_own_memory() for device in nvml_module.all_devices()] == [False, False]
+    fake_nvml.failing["nvmlDeviceGetMemoryInfo"] = TIMEOUT  # no answer is not an answer
+    assert [device.has_own_memory() for device in nvml_module.all_devices()] == [True, True]
+    fake_nvml.failing["nvmlInit"] = LIBRARY_NOT_FOUND
+    assert nvml_module.all_devices() == []

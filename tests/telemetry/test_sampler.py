@@ -30,7 +30,8 @@ def test_each_quantity_at_its_period():
     clock, device, monitor = rig()
     device.calls.clear()
     drive(monitor.sampler.poll_once, clock, 10.0)
-    assert device.calls["total_energy_j"] == pytest.approx(1000, abs=10)
+    # Every 10 ms until the rhythm of the ticks (100 ms) is known, then only around the next one: the call is dear.
+    assert 250 < device.calls["total_energy_j"] < 450
     assert device.calls["power_instant_w"] == pytest.approx(400, abs=20)
     assert device.calls["sm_clock_mhz"] == device.calls["temperature_c"] == device.calls["power_instant_w"]
     assert device.calls["throttle_s"] == pytest.approx(100, abs=5)
@@ -53,7 +54,19 @@ def test_after_a_stall_there_is_no_catching_up():
     clock.advance(60.0)
     device.calls.clear()
     drive(monitor.sampler.poll_once, clock, 62.0)
-    assert device.calls["total_energy_j"] == pytest.approx(100, abs=3)
+    assert device.calls["total_energy_j"] < 100
+    assert device.calls["power_instant_w"] == pytest.approx(40, abs=6)
+
+
+def test_a_counter_without_a_rhythm_is_still_seen_to_tick():
+    """The quiet time after a tick is short of the shortest interval seen, so a faster rhythm is noticed."""
+    clock, device, monitor = rig(tick_s=0.2)
+    drive(monitor.sampler.poll_once, clock, 5.0)
+    device._tick_s = 0.03
+    drive(monitor.sampler.poll_once, clock, 10.0)
+    window = monitor.window(6.0, 9.0)
+    assert window.energy_j == pytest.approx(1500.0, abs=window.energy_bound_j)
+    assert window.energy_bound_j < 0.02 * window.energy_j
 
 
 @pytest.mark.parametrize("error", [ABSENT, LOST])

@@ -32,6 +32,4 @@ def _statistics(logits: Array, labels: Array) -> tuple[Array, Array, tuple[Array
     m = jnp.max(others, axis=1, initial=rows.initial_max(z.dtype))
     n = jnp.sum(jnp.exp(others - m[:, None]), axis=1)
     z_y = jnp.take_along_axis(z, jnp.maximum(labels, 0)[:, None], axis=1, mode="clip")[:, 0]
-    # Settled here: fused into a later use, the gather would keep the logits alive beside their gradient.
-    z_y = jax.lax.optimization_barrier(z_y)
     return z, is_label, (m, n, z_y)

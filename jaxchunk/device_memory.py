@@ -1,0 +1,49 @@
+"""How much memory a program may use, on GPUs that share the host's too.
+
+On such a GPU (a DGX Spark's) JAX's habit of taking 75% of the memory at the start can freeze the host.
+"""
+
+import logging
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import jax
+
+from jaxchunk import telemetry
+
+_logger = logging.getLogger("jaxchunk")
+_VARIABLE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+_HOST_SHARE = 0.9  # of what is available; the rest is the operating system's
+
+
+def is_unified() -> bool:
+    """Whether some GPU of this machine shares the host's memory, by what NVML answers and not by its name."""
+    return any(not device.has_own_memory() for device in telemetry.all_devices())
+
+
+def allocate_as_needed(environment: MutableMapping[str, str]) -> None:
+    """Turns JAX's preallocation off where memory is unified; to be called before JAX starts its back end.
+
+    Args:
+      environment: usually `os.environ`; a choice that is in it already stands.
+    """
+    if _VARIABLE not in environment and is_unified():
+        environment[_VARIABLE] = "false"
+        _logger.info("the GPU shares the host's memory: %s=false, so that JAX takes only what it needs", _VARIABLE)
+
+
+def limit_bytes(device: jax.Device) -> int | None:
+    """What a program may use: the allocator's limit, and on unified memory no more than the host can spare.
+
+    None where the allocator has no limit (a CPU).
+    """
+    allocator_limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    if allocator_limit is None or not is_unified():
+        return allocator_limit
+    return min(allocator_limit, int(_HOST_SHARE * available_bytes()))
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Host memory that can be had without swapping (Linux's MemAvailable)."""
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
