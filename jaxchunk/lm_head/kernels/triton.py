@@ -104,9 +104,6 @@ def _row_kernel(z_ref, y_ref, *refs, num_columns: int, block: int, reverse: bool
     tail_start, tail_done = num_columns - block, num_blocks * block
     has_tail = tail_done < num_columns
 
-    # The hardware's exponential has an error of a few 1e-7: below bfloat16's notice, not below float32's.
-    exp = _exact_exp if z_ref.dtype == jnp.float32 else jnp.exp
-
     def load(start: Array | int) -> Array:
         return plgpu.load(z_ref.at[pl.ds(start, block)]).astype(jnp.float32)
 
@@ -114,7 +111,7 @@ def _row_kernel(z_ref, y_ref, *refs, num_columns: int, block: int, reverse: bool
         m, n = carry
         z = jnp.where(skip, -jnp.inf, load(start))
         rise = z - m
-        e = exp(-jnp.abs(rise))  # one exponential serves the new term and the rescaling of the old ones
+        e = jnp.exp(-jnp.abs(rise))  # one exponential serves the new term and the rescaling of the old ones
         return jnp.maximum(m, z), jnp.where(rise > 0, n * e + 1.0, n + e)
 
     # Read before the reductions below: behind their barrier another warp may already overwrite this column.
@@ -128,27 +125,17 @@ def _row_kernel(z_ref, y_ref, *refs, num_columns: int, block: int, reverse: bool
         column = tail_start + lanes
         carry = accumulate(tail_start, (column == y) | (column < tail_done), carry)
     m = jnp.max(carry[0])
-    n = jnp.sum(carry[1] * exp(carry[0] - m))
+    n = jnp.sum(carry[1] * jnp.exp(carry[0] - m))
     row = rows.coefficients(m, n, z_y, jnp.float32(1.0) if w_ref is None else w_ref[0])
     loss_ref[0] = row.loss
     if dz_ref is None:
         return
 
     def overwrite(start: Array | int, mask: Array | None = None) -> None:
-        softmax = exp(load(start) - row.shift) * row.factor
+        softmax = jnp.exp(load(start) - row.shift) * row.factor
         dz = jnp.where(start + lanes == y, row.label_gradient, softmax)
         plgpu.store(dz_ref.at[pl.ds(start, block)], dz.astype(dz_ref.dtype), mask=mask)
 
     if has_tail:  # first, while the logits it shares with the last full block are still logits
         overwrite(tail_start, mask=tail_start + lanes >= tail_done)
     jax.lax.fori_loop(0, num_blocks, lambda i, _: overwrite((num_blocks - 1 - i if reverse else i) * block), None)
-
-
-def _exact_exp(x: Array) -> Array:
-    """Exponential of x <= 0 to float32's last bits: x = k ln 2 + r with a two-part ln 2 (Cody and Waite, 1980)."""
-    tiny = x < -87.0  # where 2^k would be subnormal; -inf included
-    x = jnp.where(tiny, 0.0, x)
-    k = jnp.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - k * 0.693359375) - k * -2.12194440e-4
-    two_to_the_k = jax.lax.bitcast_convert_type((k.astype(jnp.int32) + 127) << 23, jnp.float32)
-    return jnp.where(tiny, 0.0, two_to_the_k * jnp.exp(r))
