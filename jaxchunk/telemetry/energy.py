@@ -1,9 +1,9 @@
 """Energy over time with an honest bound: from a counter that ticks, or from samples of power."""
 
-import itertools
 import math
 from array import array
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -52,6 +52,8 @@ class CounterCurve(CumulativeCurve):
         self._uncertainty_s = array("d")
         self._last_value: float | None = None
         self._last_start_s = 0.0
+        self._tick_seen_s = (-math.inf, math.inf)  # the latest tick was between these two times
+        self._quiet_s: deque[float] = deque(maxlen=self.LEARNING_TICKS)  # seconds surely without a tick, before each
 
     def add_reading(self, start_s: float, end_s: float, energy_j: float) -> None:
         """Adds a poll: the read began at `start_s` and was over at `end_s`."""
@@ -63,6 +65,8 @@ class CounterCurve(CumulativeCurve):
         if energy_j < previous_j:
             self._add_break(previous_start_s, end_s, f"{self.what} went backwards (reset or driver reload)")
         elif energy_j > previous_j:
+            self._quiet_s.append(max(previous_start_s - self._tick_seen_s[1], 0.0))
+            self._tick_seen_s = previous_start_s, end_s
             self._add_tick((previous_start_s + end_s) / 2, (end_s - previous_start_s) / 2, energy_j)
 
     def add(self, time_s: float, value: float) -> None:
@@ -82,12 +86,14 @@ class CounterCurve(CumulativeCurve):
         return len(self._times_s) >= 2 and self._times_s[-2] >= end_s
 
     def earliest_next_tick_s(self) -> float:
-        """Before this time no tick is expected, by the shortest of the latest intervals; -inf while unknown."""
-        latest = self._times_s[-self.LEARNING_TICKS :]
-        if len(latest) < self.LEARNING_TICKS:
+        """Before this time no tick is expected: after each of the latest ticks, it was quiet for longer than this.
+
+        -inf while that is not known. A tick that came sooner than expected was seen with no quiet time before it, so
+        polling turns dense at once and stays so for the next `LEARNING_TICKS`.
+        """
+        if len(self._quiet_s) < self.LEARNING_TICKS:
             return -math.inf
-        shortest_s = min(later - earlier for earlier, later in itertools.pairwise(latest))
-        return latest[-1] + shortest_s - 2 * self._uncertainty_s[-1]
+        return self._tick_seen_s[0] + min(self._quiet_s)
 
     def _add_tick(self, time_s: float, uncertainty_s: float, energy_j: float) -> None:
         if self._times_s:

@@ -68,7 +68,7 @@ class Monitor:
         *,
         reason_if_none: str = "no device to measure",
         csv_path: Path | str | None = None,
-        poll_period_s: float = 0.010,
+        poll_period_s: float = 0.005,
         sample_period_s: float = 0.025,
         now: Callable[[], float] = time.perf_counter,
     ):
