@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,38 @@ def _plot_telemetry(axes: list["Axes"], telemetry: dict[str, np.ndarray], step_t
     for axis, (name, label, color) in zip(axes, columns, strict=True):
         axis.plot(telemetry["time_s"], telemetry[name], color=color, linewidth=0.7)
         axis.set_ylabel(label)
+
+
+def plot_comparison(run_paths: Sequence[Path], path: Path) -> Path:
+    """Draws several training runs side by side: ten seconds of power and of the SM clock, on common axes.
+
+    Args:
+      run_paths: directories that `train` wrote, with telemetry.
+      path: where the figure goes.
+
+    Returns:
+      `path`.
+    """
+    figure = _figure(2 + 2.4 * len(run_paths), 5)
+    axes = figure.subplots(2, len(run_paths), sharex=True, sharey="row", squeeze=False)
+    for column, run_path in enumerate(run_paths):
+        steps, telemetry = read_json_lines(run_path / "steps.jsonl"), _read_telemetry(run_path / "telemetry.csv")
+        if not steps or telemetry is None:
+            continue
+        time_s = telemetry["time_s"] - steps[len(steps) // 2]["time_s"]
+        shown = (time_s > -5) & (time_s < 5)
+        for axis, (name, color) in zip(axes[:, column], (("power_w", VERMILION), ("sm_clock_mhz", BLUE)), strict=True):
+            values = telemetry[name][shown]
+            axis.plot(time_s[shown], values, color=color, linewidth=0.9)
+            axis.text(0.03, 0.05, f"std {np.nanstd(values):.0f}", transform=axis.transAxes)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, column].set_title(run_path.name, fontsize=10)
+    axes[0, 0].set_ylabel("power (W)")
+    axes[1, 0].set_ylabel("SM clock (MHz)")
+    figure.supxlabel("time from the middle of the run (s)", fontsize=10)
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def plot_lm_head(run_path: Path) -> Path:
