@@ -3,8 +3,9 @@
 On such a GPU (a DGX Spark's) JAX's habit of taking 75% of the memory at the start can freeze the host.
 """
 
+import dataclasses
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from jaxchunk import telemetry
 
 _logger = logging.getLogger("jaxchunk")
 _VARIABLE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+_USABLE = 0.94  # share of the allocator's limit; the rest goes to fragmentation and library workspaces
 _HOST_SHARE = 0.9  # of what is available; the rest is the operating system's
 
 
@@ -47,3 +49,40 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     """Host memory that can be had without swapping (Linux's MemAvailable)."""
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramMemory:
+    """What a compiled program needs, in bytes: operands and results (donated ones once), and temporaries."""
+
+    operand_bytes: int
+    temporary_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything at once."""
+        return self.operand_bytes + self.temporary_bytes
+
+
+def usable(limit: int | None) -> float:
+    """How much of the limit a program may fill."""
+    return float("inf") if limit is None else _USABLE * limit
+
+
+def compile_if_it_fits(
+    compile_program: Callable[[], jax.stages.Compiled], limit: int | None
+) -> tuple[jax.stages.Compiled, ProgramMemory] | str:
+    """Compiles a program and checks what it needs against a limit in bytes; says why where it does not fit."""
+    try:
+        program = compile_program()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return "the compiler ran out of memory"
+    analysis = program.memory_analysis()
+    assert analysis is not None, "CPU and GPU back ends have this analysis"
+    operands = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory = ProgramMemory(operands, analysis.temp_size_in_bytes)
+    if limit is not None and memory.total_bytes > usable(limit):
+        return f"it needs {memory.total_bytes / 1e9:.2f} of {limit / 1e9:.1f} GB"
+    return program, memory

@@ -47,19 +47,18 @@ def describe_environment(device_details: dict[str, Any] | None = None) -> dict[s
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None outside a checkout."""
+    """The checkout's commit, with "-dirty" where files differ from it; None where this file is in no checkout."""
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # another repository may surround an installed package
+        return _git("describe", "--always", "--dirty", "--abbrev=12").strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    where = Path(__file__).parent
+    return subprocess.run(command, cwd=where, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
 def source_sha256() -> str:

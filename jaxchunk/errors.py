@@ -13,11 +13,21 @@ class InputError(ValueError):
     """
 
 
+class RunFailedError(RuntimeError):
+    """A run came to an end that no input explains, such as a loss that is not finite; what it recorded is kept."""
+
+
 @contextlib.contextmanager
-def exit_on_input_error() -> Iterator[None]:
-    """Turns an `InputError` into one line on stderr and exit status 2."""
+def reported_errors() -> Iterator[None]:
+    """For scripts: one line on stderr and an exit status in place of a traceback.
+
+    Status 2 for an `InputError`, 1 for a `RunFailedError`, 130 for Ctrl-C.
+    """
     try:
         yield
-    except InputError as error:
+    except (InputError, RunFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FLOOR = "GEMM floor"  # the variant that the others are measured against
+
 # Okabe and Ito's palette, which survives the common colour-vision deficiencies and grey-scale print.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
@@ -63,16 +65,19 @@ def _plot_telemetry(axes: list["Axes"], telemetry: dict[str, np.ndarray], step_t
         axis.set_ylabel(label)
 
 
-def plot_comparison(run_paths: Sequence[Path], path: Path) -> Path:
+def plot_comparison(run_paths: Sequence[Path], path: Path) -> Path | None:
     """Draws several training runs side by side: ten seconds of power and of the SM clock, on common axes.
 
     Args:
-      run_paths: directories that `train` wrote, with telemetry.
+      run_paths: directories that `train` wrote; those without telemetry are left out.
       path: where the figure goes.
 
     Returns:
-      `path`.
+      `path`, or None where no run has telemetry.
     """
+    run_paths = [run_path for run_path in run_paths if _read_telemetry(run_path / "telemetry.csv") is not None]
+    if not run_paths:
+        return None
     figure = _figure(2 + 2.4 * len(run_paths), 5)
     axes = figure.subplots(2, len(run_paths), sharex=True, sharey="row", squeeze=False)
     for column, run_path in enumerate(run_paths):
@@ -114,7 +119,9 @@ def plot_lm_head(run_path: Path) -> Path:
         medians = np.array([value["median"] for _, value in known]) * scale
         errors = np.array([[v["median"] - v["low"], v["high"] - v["median"]] for _, v in known]).T * scale
         axis.barh([i for i, _ in known], medians, xerr=errors, color=color, height=0.7, capsize=2)
-        axis.axvline(medians[0], color=GREY, linestyle="--", linewidth=1)
+        for i, value in known:
+            if rows[i]["variant"] == FLOOR:
+                axis.axvline(value["median"] * scale, color=GREY, linestyle="--", linewidth=1)
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)

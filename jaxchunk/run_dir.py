@@ -1,6 +1,9 @@
 """The directory of a run: never overwritten by accident, complete up to the last line after a kill."""
 
+import datetime
+import itertools
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import IO, Any
 
 from jaxchunk.errors import InputError
 
-_MARKER = "config.json"  # written first: what has it is a run
+_MARKER = ".jaxchunk-run"  # a name that nothing else uses: only a directory that has it is ever cleared
 
 
 class RunDirectory:
@@ -24,54 +27,71 @@ class RunDirectory:
 
         Args:
           path: where to; parents are created.
-          overwrite: replace a run that is there already. Only a directory that holds a run is ever deleted.
+          overwrite: replace a run that is there already. Only a directory that holds a run is ever cleared.
 
         Raises:
           InputError: the directory cannot be written, holds a run, or holds something else.
         """
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"out_dir {self.path} is a file; it must be a directory")
-        if (self.path / _MARKER).exists() and not overwrite:
-            raise InputError(f"out_dir {self.path} already holds a run; choose another, or pass --overwrite")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / _MARKER).exists():
-            raise InputError(f"out_dir {self.path} is not empty and holds no run; choose another directory")
+        self._overwrite = overwrite
+        self._streams: dict[str, IO[str]] = {}
+        self._check_free()
         existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
             raise InputError(f"out_dir {self.path} cannot be written: {error.strerror or error}") from None
-        self._streams: dict[str, IO[str]] = {}
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Writes `value` as `name`, whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
-        temporary.replace(self.path / name)
-
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Appends one line to the JSON-lines file `name`; it is with the operating system before this returns."""
-        if name not in self._streams:
-            self._streams[name] = (self.path / name).open("a", buffering=1)
-        self._streams[name].write(json.dumps(record) + "\n")
-
-    def close(self) -> None:
-        """Closes the JSON-lines files."""
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
 
     def __enter__(self) -> "RunDirectory":
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+        self._check_free()  # again: another run may have come first
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for old in self.path.iterdir():
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            (self.path / _MARKER).touch(exist_ok=False)
+        except FileExistsError:
+            raise InputError(f"out_dir {self.path} was taken by another run just now; choose another") from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes `value` as `name`, whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+        temporary.replace(self.path / name)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Appends one line to the JSON-lines file `name`; it is with the operating system before this returns.
+
+        NaN and infinities, which JSON does not have, become null.
+        """
+        if name not in self._streams:
+            self._streams[name] = (self.path / name).open("a", buffering=1)
+        self._streams[name].write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"out_dir {self.path} is a file; it must be a directory")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not (self.path / _MARKER).exists():
+            raise InputError(f"out_dir {self.path} is not empty and holds no run; choose another directory")
+        if not self._overwrite:
+            raise InputError(f"out_dir {self.path} already holds a run; choose another, or pass --overwrite")
+
+
+def new_run_path(name: str) -> Path:
+    """A path under `runs/` that nothing uses yet: the time, the name, and a number where that is taken."""
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for path in (Path("runs") / candidate for candidate in candidates) if not path.exists())
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -85,3 +105,11 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from jaxchunk import plotting
-from jaxchunk.errors import InputError, exit_on_input_error
+from jaxchunk.errors import InputError, reported_errors
 from jaxchunk.training.comparison import comparison_table
 
 
@@ -23,18 +23,21 @@ class PlotConfig:
 
 def main() -> None:
     runs = tyro.cli(PlotConfig, description=__doc__).runs
-    with exit_on_input_error():
+    with reported_errors():
         if not runs:
             raise InputError("no run was given; name the directories of runs")
+        training = [run for run in runs if (run / "steps.jsonl").exists()]
         for run in runs:
-            if not (run / "summary.json").exists():
-                raise InputError(f"{run} holds no finished run (it has no summary.json)")
-    training = [run for run in runs if (run / "steps.jsonl").exists()]
-    for run in runs:
-        print(plotting.plot_training(run) if run in training else plotting.plot_lm_head(run))
-    if len(training) > 1:
-        print(comparison_table(training))
-        print(plotting.plot_comparison(training, training[0].parent / "comparison.png"))
+            if run in training:  # a run that was killed has its steps and no summary: its figure can still be drawn
+                print(plotting.plot_training(run))
+            elif (run / "records.jsonl").exists() and (run / "summary.json").exists():
+                print(plotting.plot_lm_head(run))
+            else:
+                raise InputError(f"{run} holds no records of train.py or bench_lm_head.py")
+        if len(training) > 1:
+            print(comparison_table(training))
+            figure = plotting.plot_comparison(training, training[0].parent / "comparison.png")
+            print(figure or "no comparison of power and clocks: none of these runs has telemetry")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 import logging
 import os
+import signal
 
 import jax
 import tyro
 
 from jaxchunk import device_memory
-from jaxchunk.errors import exit_on_input_error
+from jaxchunk.errors import reported_errors
 from jaxchunk.training.config import TrainConfig, default_config
 from jaxchunk.training.loop import train
 
@@ -15,11 +16,14 @@ from jaxchunk.training.loop import train
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("jaxchunk").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is kept as well as a person's
     device_memory.allocate_as_needed(os.environ)
     default = default_config(jax.default_backend())
     config = tyro.cli(TrainConfig, default=default, description=__doc__, use_underscores=True)
-    with exit_on_input_error():
-        train(config)
+    with reported_errors():
+        summary = train(config)
+        if summary["status"] == "interrupted":
+            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from jaxchunk.errors import InputError
-from jaxchunk.run_dir import RunDirectory, read_json_lines
+from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
 
 
 def test_writes_json_and_lines(tmp_path):
@@ -18,7 +18,7 @@ def test_writes_json_and_lines(tmp_path):
         run.append("steps.jsonl", {"step": 2})
     assert json.loads((run.path / "config.json").read_text()) == {"x": 1}
     assert [record["step"] for record in read_json_lines(run.path / "steps.jsonl")] == [1, 2]
-    assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "steps.jsonl"]
+    assert sorted(path.name for path in run.path.iterdir()) == [".jaxchunk-run", "config.json", "steps.jsonl"]
 
 
 def test_a_line_cut_by_a_kill_ends_the_reading(tmp_path):
@@ -43,6 +43,52 @@ def test_overwrite_never_deletes_what_is_no_run(tmp_path):
     with pytest.raises(InputError, match="is not empty and holds no run"):
         RunDirectory(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_directory_that_only_looks_like_a_run_is_never_cleared(tmp_path):
+    """Every Hugging Face model has a config.json."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("weights")
+    with pytest.raises(InputError, match="holds no run"):
+        RunDirectory(tmp_path, overwrite=True)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_of_two_runs_in_one_place_the_second_is_refused(tmp_path):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    with first:
+        first.append("steps.jsonl", {"step": 1})
+        with pytest.raises(InputError, match="already holds a run"), second:
+            pass
+    assert read_json_lines(tmp_path / "run" / "steps.jsonl") == [{"step": 1}]
+
+
+def test_a_symbolic_link_to_a_directory_serves(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for overwrite in (False, True):
+        with RunDirectory(tmp_path / "link", overwrite=overwrite) as run:
+            run.write_json("config.json", {})
+    assert (tmp_path / "real" / "config.json").exists()
+
+
+def test_what_json_cannot_hold_becomes_null(tmp_path):
+    with RunDirectory(tmp_path / "run") as run:
+        run.append("steps.jsonl", {"loss": float("nan"), "throttle": {"x": float("inf")}, "bound": [1.0, float("nan")]})
+        run.write_json("summary.json", {"loss": float("nan")})
+    (record,) = read_json_lines(run.path / "steps.jsonl")
+    assert record == {"loss": None, "throttle": {"x": None}, "bound": [1.0, None]}
+    assert json.loads((run.path / "summary.json").read_text()) == {"loss": None}
+
+
+def test_new_run_paths_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = []
+    for _ in range(3):
+        paths.append(new_run_path("tiny"))
+        with RunDirectory(paths[-1]):
+            pass
+    assert len(set(paths)) == 3
 
 
 def test_checking_creates_nothing(tmp_path):

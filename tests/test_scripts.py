@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def test_train_end_to_end(tmp_path, text):
     assert steps[0]["energy_j"] is None
     assert "no GPU to measure" in steps[0]["energy_null_reason"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "env.json", "steps.jsonl", "validation.jsonl", "summary.json", "training.png",
+        ".jaxchunk-run", "config.json", "env.json", "steps.jsonl", "validation.jsonl", "summary.json", "training.png",
     }  # fmt: skip
     again = run_script("train.py", *flags, "--out_dir", tmp_path / "run")
     assert again.returncode == 2
@@ -93,3 +95,50 @@ def test_bench_end_to_end(tmp_path):
     assert len(records) == 2 * 4
     assert (tmp_path / "bench" / "lm_head.png").read_bytes().startswith(b"\x89PNG")
     assert run_script("bench_lm_head.py", "--chunks", "0").returncode == 2
+
+
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_what_was_measured_survives_a_stop(stop, status, tmp_path, text):
+    flags = ["--data", text, "--cache_dir", tmp_path / "cache", "--seq_len", "32", "--steps", "100000"]
+    command = [sys.executable, SCRIPTS / "train.py", *flags, "--out_dir", tmp_path / "run"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    steps = tmp_path / "run" / "steps.jsonl"
+    deadline_s = time.monotonic() + 120
+    while not (steps.exists() and steps.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline_s and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert b"Traceback" not in errors
+    lines = steps.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert (tmp_path / "run" / "summary.json").exists() == (stop != signal.SIGKILL)
+    redrawn = run_script("plot.py", tmp_path / "run")
+    assert redrawn.returncode == 0, redrawn.stderr
+
+
+def test_plot_compares_runs_and_refuses_what_is_none(tmp_path):
+    for name, loss in (("a", 3.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        record = {"time_s": 1.0, "loss": loss, "tokens_per_s": 10.0, "energy_null_reason": "no GPU"}
+        (tmp_path / name / "steps.jsonl").write_text(json.dumps(record) + "\n")
+    done = run_script("plot.py", tmp_path / "a", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert "| a | no finished run |" in done.stdout
+    assert "none of these runs has telemetry" in done.stdout
+    refused = run_script("plot.py", tmp_path)
+    assert refused.returncode == 2
+    assert "holds no records" in refused.stderr
+
+
+def test_the_loss_and_the_step_import_no_telemetry():
+    """Telemetry watches from the side; the loss can be lifted out."""
+    program = (
+        "import sys, jaxchunk.lm_head; "
+        "ours = {m for m in sys.modules if m.startswith('jaxchunk.')}; "
+        "assert all(m.startswith('jaxchunk.lm_head') for m in ours), ours; "
+        "import jaxchunk.training.step; assert not any('telemetry' in m for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

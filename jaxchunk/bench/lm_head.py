@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jaxtyping import Float, Int
+from tqdm import tqdm
 
-from jaxchunk import lm_head_loss
-from jaxchunk.bench.protocol import Measurement, Variant, bootstrap_median, ratios
+from jaxchunk import device_memory, environment, lm_head_loss, plotting
+from jaxchunk.bench.protocol import Measurement, Variant, bootstrap_median, interleave, ratios
+from jaxchunk.device_memory import compile_if_it_fits
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import choose_implementation
+from jaxchunk.plotting import FLOOR
+from jaxchunk.run_dir import RunDirectory, new_run_path
+from jaxchunk.telemetry import open_monitor
 
 _logger = logging.getLogger("jaxchunk")
-_USABLE = 0.94  # share of the allocator's limit
-FLOOR, AUTODIFF = "GEMM floor", "autodiff"
+AUTODIFF = "autodiff"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,37 @@ def validate(config: LMHeadBenchConfig) -> None:
             choose_implementation(implementation, compute_dtype=config.dtype)
         except ValueError as error:
             raise InputError(f"--implementations: {error}") from None
+
+
+def run(config: LMHeadBenchConfig) -> None:
+    """Measures, and writes records, summary, table and figure into the run's directory as it goes.
+
+    Raises:
+      InputError: a flag is out of its domain, the directory cannot be used, or nothing fits in memory.
+    """
+    validate(config)
+    directory = RunDirectory(config.out_dir or new_run_path("lm-head"), overwrite=config.overwrite)
+    device = jax.devices()[0]
+    print(f"{device.device_kind}: T={config.tokens} D={config.width} V={config.vocab} {config.dtype}; compiling ...")
+    programs = list(compile_variants(config, device_memory.limit_bytes(device)))
+    if not programs:
+        raise InputError(f"nothing fits in the device's memory at --tokens {config.tokens}; use fewer")
+    variants, measurements = [program.variant for program in programs], []
+    with directory, open_monitor(device, csv_path=directory.path / "telemetry.csv") as monitor:
+        directory.write_json("config.json", dataclasses.asdict(config))
+        directory.write_json("env.json", environment.describe_environment(monitor.describe()))
+        measuring = interleave(variants, monitor, repeats=config.repeats, window_s=config.window_s, seed=config.seed)
+        for measurement in tqdm(measuring, total=len(variants) * config.repeats, unit="window", disable=None):
+            directory.append("records.jsonl", dataclasses.asdict(measurement))
+            measurements.append(measurement)
+        rows = summarize(measurements, programs)
+        directory.write_json("summary.json", rows)
+        (directory.path / "table.md").write_text(table(rows) + "\n")
+        figure = plotting.plot_lm_head(directory.path)
+    print(table(rows))
+    if rows[0]["energy_null_reason"] is not None:
+        print(f"energy null: {rows[0]['energy_null_reason']}")
+    print(f"figure: {figure}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +210,9 @@ def _loss(implementation: str, num_chunks: int) -> Any:
 
 
 def _compile(name: str, function: Any, arguments: tuple, limit_bytes: int | None) -> Iterator[Program]:
-    program = jax.jit(function).lower(*arguments).compile()
-    analysis = program.memory_analysis()
-    assert analysis is not None, "CPU and GPU back ends have this analysis"
-    needed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-    if limit_bytes is not None and needed > _USABLE * limit_bytes:
-        _logger.warning("%s is left out: it needs %.1f GB of %.1f", name, needed / 1e9, limit_bytes / 1e9)
+    compiled = compile_if_it_fits(lambda: jax.jit(function).lower(*arguments).compile(), limit_bytes)
+    if isinstance(compiled, str):
+        _logger.warning("%s is left out: %s", name, compiled)
     else:
-        yield Program(Variant(name, lambda: program(*arguments)), analysis.temp_size_in_bytes)
+        program, memory = compiled
+        yield Program(Variant(name, lambda: program(*arguments)), memory.temporary_bytes)

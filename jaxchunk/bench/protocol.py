@@ -101,7 +101,8 @@ def _measure(variant: Variant, monitor: Monitor, repeat: int, calls: int) -> Mea
     start_s = monitor.now()
     result = None
     for _ in range(calls):
-        result = variant.call()  # dropping the last result at once lets the allocator reuse its memory
+        result = None  # before the call, so that two sets of results never exist at once
+        result = variant.call()
     jax.block_until_ready(result)
     end_s = monitor.now()
     del result

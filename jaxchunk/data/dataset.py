@@ -49,7 +49,7 @@ class Dataset:
         corpus_sha256: hex digest of the text (`Corpus.sha256`); None where there was no text.
     """
 
-    tokens: UInt[np.ndarray, "N"] = field(repr=False)
+    tokens: UInt[np.ndarray, " N"] = field(repr=False)
     vocab_size: int
     description: str
     sha256: str
@@ -173,7 +173,7 @@ def _tokens_of(corpus: Corpus, tokenizer: tokenizers.Tokenizer, cache_dir: Path)
     return open_tokens(path)
 
 
-def _non_empty(blocks: Iterator[UInt[np.ndarray, "_"]], corpus: Corpus) -> Iterator[UInt[np.ndarray, "_"]]:
+def _non_empty(blocks: Iterator[UInt[np.ndarray, " _"]], corpus: Corpus) -> Iterator[UInt[np.ndarray, " _"]]:
     num_tokens = 0
     for block in blocks:
         num_tokens += block.size

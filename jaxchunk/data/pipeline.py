@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 Batch: TypeAlias = dict[str, Int32[np.ndarray, "B S"]]
 """`tokens` and `labels`, C-contiguous."""
 
-Window: TypeAlias = dict[str, Int32[np.ndarray, "S"]]
+Window: TypeAlias = dict[str, Int32[np.ndarray, " S"]]
 
 # One thread that stays a few batches ahead: a batch costs about a millisecond, and it shares its cores with
 # the training step.
@@ -30,7 +30,7 @@ class TokenWindows:
     exactly once. Up to S - 1 tokens at the end that fill no window are left out.
     """
 
-    def __init__(self, tokens: UInt[np.ndarray, "N"], seq_len: int):
+    def __init__(self, tokens: UInt[np.ndarray, " N"], seq_len: int):
         self.tokens = tokens
         self.seq_len = seq_len
 

@@ -112,7 +112,7 @@ def separator_id(tokenizer: tokenizers.Tokenizer) -> int | None:
 
 def encode_documents(
     tokenizer: tokenizers.Tokenizer, documents: Iterable[Document]
-) -> Iterator[UInt32[np.ndarray, "N"]]:
+) -> Iterator[UInt32[np.ndarray, " N"]]:
     """Yields the token stream in blocks: each document followed by the separator, where there is one.
 
     Documents are encoded in pieces cut between lines, all cores at once, so that neither one large file nor
@@ -127,7 +127,7 @@ def encode_documents(
     ends: list[bool] = []  # Whether a document ends with that piece.
     num_chars = 0
 
-    def encode_block() -> UInt32[np.ndarray, "N"]:
+    def encode_block() -> UInt32[np.ndarray, " N"]:
         parts = []
         for ids, end in zip(_encode(tokenizer, pieces), ends, strict=True):
             parts.append(np.array(ids, np.uint32))

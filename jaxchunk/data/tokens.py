@@ -46,7 +46,7 @@ class TokenFile:
         path: where the file is.
     """
 
-    tokens: UInt[np.ndarray, "N"] = field(repr=False)
+    tokens: UInt[np.ndarray, " N"] = field(repr=False)
     vocab_size: int
     sha256: str
     path: Path
@@ -65,7 +65,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def write_tokens(
     path: Path | str,
-    tokens: Integer[np.ndarray, "N"] | Iterable[Integer[np.ndarray, "_"]],
+    tokens: Integer[np.ndarray, " N"] | Iterable[Integer[np.ndarray, " _"]],
     vocab_size: int,
 ) -> None:
     """Writes a `.bin` file whole or not at all, over an old one of that name.
@@ -166,7 +166,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[np.dtype, int, int, str]:
     return dtype, vocab_size, num_tokens, sha256.hex()
 
 
-def _check_ids(ids: Integer[np.ndarray, "N"], vocab_size: int, start: int, prefix: str) -> None:
+def _check_ids(ids: Integer[np.ndarray, " N"], vocab_size: int, start: int, prefix: str) -> None:
     if ids.size == 0 or (ids.max() < vocab_size and ids.min() >= 0):
         return
     position = int(np.argmax((ids < 0) | (ids >= vocab_size)))

@@ -39,9 +39,11 @@ def lm_head_loss(
     each gradient has the dtype of its primal. So pass the float32 master `weight` and let the loss cast it once.
     float32 operands are multiplied in full float32, never TF32.
 
-    Autodiff: reverse mode only. Inside `jax.checkpoint` the three GEMMs run again; with gradient accumulation take the
-    gradient inside the loop over micro-batches, or every micro-batch's dW is kept. `vmap` works and multiplies the
-    memory: leading dimensions of `hidden` are cheaper.
+    Autodiff: reverse mode only, and first derivatives ("xla" has second ones, the Pallas kernel has not). Inside
+    `jax.checkpoint` the three GEMMs run again; with gradient accumulation take the gradient inside the loop over
+    micro-batches, or every micro-batch's dW is kept. `vmap` works and multiplies the memory: leading dimensions of
+    `hidden` are cheaper. With operands sharded over an Auto mesh use "xla"; inside `jax.shard_map` and over Explicit
+    mesh axes the loss is not supported yet.
 
     Args:
       hidden: final hidden states, float, any number of leading dimensions. T is their product.
@@ -57,7 +59,7 @@ def lm_head_loss(
       normalizer: for "mean", what the sum is divided by in place of this call's count of valid tokens. With gradient
         accumulation or data parallelism pass the count over the whole batch. May be traced.
       compute_dtype: dtype of the GEMM operands and of the logits; None for `hidden`'s.
-      accum_dtype: dtype in which dW is accumulated over chunks.
+      accum_dtype: dtype in which dW is accumulated over chunks (float64 for float64 operands in any case).
 
     Returns:
       The loss, a scalar of float32 (float64 for float64 operands); 0 when every token is ignored.
@@ -70,69 +72,82 @@ def lm_head_loss(
     Reference: "One Simple Trick for Improving the Performance of Energy-Limited Local Inference and Training",
     section 3.1 (the chunking); `lm_head/rows.py` has the arithmetic of a row.
     """
-    hidden, weight, labels = jnp.asarray(hidden), jnp.asarray(weight), _as_labels(labels)
+    _check_label_values(labels, weight, ignore_index)
+    hidden, weight, labels = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(labels)
     compute_dtype = jnp.dtype(hidden.dtype if compute_dtype is None else compute_dtype)
     _check_operands(hidden, weight, labels)
     _check_dtypes(compute_dtype, jnp.dtype(accum_dtype))
     _check_options(num_chunks, reduction, normalizer)
     vocab_size, num_tokens = weight.shape[0], labels.size
-    _check_concrete_labels(labels, vocab_size, ignore_index)
     choice = dispatch.choose_implementation(implementation, compute_dtype=compute_dtype)
 
-    labels = labels.reshape(num_tokens).astype(jnp.int32)
+    labels = labels.reshape(num_tokens)
     hidden = hidden.reshape(num_tokens, hidden.shape[-1])
     if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
-        num_tokens, labels, hidden = 1, jnp.full(1, ignore_index, jnp.int32), jnp.pad(hidden, ((0, 1), (0, 0)))
-    row_labels, row_weight = _rows(labels, vocab_size, ignore_index, reduction, normalizer)
-    chunk_rows = _chunk_rows(num_tokens, num_chunks)
-    dispatch.log_choice(choice, chunk_rows, -(-num_tokens // chunk_rows))
+        num_tokens, labels, hidden = 1, jnp.full(1, ignore_index), jnp.pad(hidden, ((0, 1), (0, 0)))
+    statistics_dtype = jnp.promote_types(compute_dtype, jnp.float32)
+    row_labels, row_weight = _rows(labels, vocab_size, ignore_index, reduction, normalizer, statistics_dtype)
+    chunk_rows, chunks = split_rows(num_tokens, num_chunks)
+    if chunks != num_chunks and labels.size > 1 and choice.implementation != "reference":
+        _logger.warning("num_chunks=%d for %d tokens: using %d of %d", num_chunks, num_tokens, chunks, chunk_rows)
+    dispatch.log_choice(choice, chunk_rows, chunks)
     if choice.implementation == "reference":
         return reference.weighted_loss(hidden, weight, row_labels, row_weight)
+    if compute_dtype == jnp.float64:
+        accum_dtype = jnp.promote_types(accum_dtype, compute_dtype)
     config = chunked.ChunkedConfig(
         chunk_rows=chunk_rows,
         row_kernels=dispatch.row_kernels(choice.implementation),
         compute_dtype=compute_dtype,
-        accum_dtype=jnp.dtype(accum_dtype),
+        accum_dtype=jnp.promote_types(accum_dtype, jnp.float64)
+        if compute_dtype == jnp.float64
+        else jnp.dtype(accum_dtype),
     )
     return chunked.weighted_loss(config, hidden, weight, row_labels, row_weight)
 
 
+def split_rows(num_tokens: int, num_chunks: int) -> tuple[int, int]:
+    """Rows in a chunk and number of chunks: as even as can be, never more than `num_chunks`, none empty.
+
+    Rounding the rows up may leave fewer chunks than asked for: 10 tokens in 7 chunks are 5 chunks of 2.
+    """
+    chunk_rows = -(-num_tokens // num_chunks)
+    return chunk_rows, -(-num_tokens // chunk_rows)
+
+
 def _rows(
-    labels: Array, vocab_size: int, ignore_index: int, reduction: str, normalizer: ArrayLike | None
+    labels: Array,
+    vocab_size: int,
+    ignore_index: int,
+    reduction: str,
+    normalizer: ArrayLike | None,
+    dtype: DTypeLike,
 ) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
     """Every row's label, -1 where it is ignored, and its weight in the sum, NaN where the label is out of range."""
-    valid = labels != ignore_index
+    if labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)
+    # Compared as they came: narrowed first, 2^32 + 5 would be label 5, and a large unsigned one might be ignore_index.
+    limits = jnp.iinfo(labels.dtype)
+    valid = labels != ignore_index if limits.min <= ignore_index <= limits.max else jnp.ones(labels.shape, bool)
     in_range = (labels >= 0) & (labels < vocab_size)
+    labels = labels.astype(jnp.int32)
     if reduction == "sum":
-        scale = jnp.float32(1.0)
+        scale = jnp.ones((), dtype)
     else:
-        count = jnp.sum(valid) if normalizer is None else jnp.asarray(normalizer)
-        count = count.astype(jnp.float32)
+        count = jnp.sum(valid).astype(dtype) if normalizer is None else jnp.asarray(normalizer, dtype)
         scale = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
     row_labels = jnp.where(valid, jnp.where(in_range, labels, 0), -1)
     row_weight = jnp.where(valid, jnp.where(in_range, scale, jnp.nan), 0.0)
     return row_labels, row_weight
 
 
-def _chunk_rows(num_tokens: int, num_chunks: int) -> int:
-    if num_chunks > num_tokens:
-        _logger.warning("num_chunks=%d for %d tokens: using %d", num_chunks, num_tokens, num_tokens)
-    return -(-num_tokens // num_chunks)
-
-
-def _as_labels(labels: ArrayLike) -> Array:
-    """Labels as a JAX array, refusing what JAX would narrow in silence (int64 to int32)."""
-    if isinstance(labels, np.ndarray) and labels.size and np.issubdtype(labels.dtype, np.integer):
-        low, high, int32 = labels.min(), labels.max(), np.iinfo(np.int32)
-        if low < int32.min or high > int32.max:
-            raise ValueError(f"labels have values in [{low}, {high}]; they must fit in int32")
-    return jnp.asarray(labels)
-
-
 def _check_operands(hidden: Array, weight: Array, labels: Array) -> None:
     for name, array in (("hidden", hidden), ("weight", weight)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {array.dtype}; it must be floating point")
+        if array.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; it must be bfloat16, float32 or float64 "
+                "(the gradients of a mean over many tokens underflow in float16)"
+            )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels have dtype {labels.dtype}; they must be integer token ids")
     if hidden.ndim < 1 or weight.ndim != 2:
@@ -152,10 +167,7 @@ def _check_operands(hidden: Array, weight: Array, labels: Array) -> None:
 
 def _check_dtypes(compute_dtype: jnp.dtype, accum_dtype: jnp.dtype) -> None:
     if compute_dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
-        raise TypeError(
-            f"the compute dtype is {compute_dtype}; it must be bfloat16, float32 or float64 "
-            "(float16 gradients of a mean underflow: pass compute_dtype=jnp.bfloat16)"
-        )
+        raise TypeError(f"compute_dtype is {compute_dtype}; it must be bfloat16, float32 or float64")
     if not jnp.issubdtype(accum_dtype, jnp.floating):
         raise TypeError(f"accum_dtype is {accum_dtype}; it must be floating point")
 
@@ -170,17 +182,33 @@ def _check_options(num_chunks: int, reduction: str, normalizer: ArrayLike | None
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer is given with reduction={reduction!r}; it belongs to 'mean'")
-        if jnp.ndim(normalizer) != 0:
-            raise ValueError(f"normalizer has shape {jnp.shape(normalizer)}; it must be a scalar")
-        if not isinstance(normalizer, jax.core.Tracer) and not np.asarray(normalizer) >= 0:
-            raise ValueError(f"normalizer is {normalizer}; it must not be negative")
+        _check_normalizer(normalizer)
 
 
-def _check_concrete_labels(labels: Array, vocab_size: int, ignore_index: int) -> None:
-    """Under jit the values are unknown here; such labels turn the loss into NaN instead (`_rows`)."""
-    if isinstance(labels, jax.core.Tracer) or not labels.is_fully_addressable:
+def _check_normalizer(normalizer: ArrayLike) -> None:
+    value = normalizer if isinstance(normalizer, Array) else np.asarray(normalizer)
+    if value.ndim != 0:
+        raise ValueError(f"normalizer has shape {value.shape}; it must be a scalar")
+    real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+    if not real or (not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < np.inf):
+        raise ValueError(f"normalizer is {normalizer}; it must be a finite number that is not negative")
+
+
+def _check_label_values(labels: ArrayLike, weight: ArrayLike, ignore_index: int) -> None:
+    """Checks labels whose values are known, before JAX narrows them to int32.
+
+    Where a program is traced they are not known; a bad label turns the loss into NaN instead (`_rows`).
+    """
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | np.integer):
+        raise TypeError(
+            f"ignore_index is {ignore_index!r}; it must be a Python int (-100 where no label is to be ignored)"
+        )
+    unknown = isinstance(labels, jax.core.Tracer) or (isinstance(labels, Array) and not labels.is_fully_addressable)
+    if unknown or jnp.ndim(weight) != 2 or not jnp.shape(weight)[0]:
         return
-    values = np.asarray(labels)
+    values, vocab_size = np.asarray(labels), jnp.shape(weight)[0]
+    if values.dtype.kind not in "iu":
+        return  # refused by its dtype
     bad = values[(values != ignore_index) & ((values < 0) | (values >= vocab_size))]
     if bad.size:
         raise ValueError(

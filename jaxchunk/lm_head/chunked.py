@@ -50,7 +50,7 @@ class ChunkedConfig:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_loss(
+def _weighted_loss(
     config: ChunkedConfig,
     hidden: Float[Array, "T D"],
     weight: Float[Array, "V D"],
@@ -109,7 +109,9 @@ def _backward(config: ChunkedConfig, residuals: tuple, cotangent: Array) -> tupl
     return dx, dW, None, cotangent * loss
 
 
-weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+_weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+# Jitted here, or a call outside of jit would trace and compile its scan anew every time.
+weighted_loss = jax.jit(_weighted_loss, static_argnums=0)
 
 
 def _scan_chunks(

@@ -13,6 +13,7 @@ from jaxchunk.lm_head.kernels import xla
 
 Implementation = Literal["reference", "xla", "pallas", "pallas_interpret"]
 
+_FLOAT32_ONLY = "its statistics are float32 and the compute dtype is"
 _logger = logging.getLogger("jaxchunk")
 
 
@@ -52,6 +53,8 @@ def choose_implementation(
         obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
         if obstacle is not None:
             raise ValueError(f"implementation='pallas' cannot run: {obstacle}; use 'xla', or None to choose by device")
+    if implementation == "pallas_interpret" and jax.numpy.dtype(compute_dtype).itemsize > 4:
+        raise ValueError(f"implementation='pallas_interpret' cannot run: {_FLOAT32_ONLY} {compute_dtype}; use 'xla'")
     return Choice(implementation, "named by the caller")  # type: ignore[arg-type]
 
 
@@ -96,7 +99,7 @@ def _pallas_obstacle(platform: str, compute_dtype: jax.numpy.dtype) -> str | Non
     if "rocm" in _platform_version():
         return "it needs an NVIDIA GPU and this one is AMD's"
     if compute_dtype.itemsize > 4:
-        return f"its statistics are float32 and the compute dtype is {compute_dtype}"
+        return f"{_FLOAT32_ONLY} {compute_dtype}"
     try:
         from jax.experimental.pallas import triton  # noqa: F401
     except ImportError:

@@ -10,7 +10,7 @@ out of the row statistics:
     dloss/dz_y      = -n / (n + e^a)                       and not softmax_y - 1, which cancels for confident labels
 
 A softmax that includes the label loses the gradient of a row whose label stands 17 nats above the rest (fp32);
-this form keeps it to the last bit, for the same number of passes over the row.
+this form keeps it to the last bit up to 87 nats (beyond, exp(-a) is 0 in fp32), for the same number of passes.
 """
 
 from typing import NamedTuple

@@ -8,16 +8,30 @@ from jaxchunk.models.qwen2 import AttentionImplementation, Qwen2Config
 
 
 def choose_attention(
-    config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike
+    config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike, requested: AttentionImplementation | None = None
 ) -> tuple[AttentionImplementation, str]:
     """Settles on cuDNN's flash attention where it compiles, on XLA's attention elsewhere; with the reason.
 
     Compiling is the only test that does not go out of date: support depends on the GPU, on cuDNN's version and on JAX.
+
+    Raises:
+      ValueError: "cudnn" is requested and cannot run here.
     """
+    if requested == "xla":
+        return "xla", "named by the caller"
+    obstacle = _cudnn_obstacle(config, seq_len, compute_dtype)
+    if obstacle is None:
+        return "cudnn", "cuDNN flash attention compiles on this GPU"
+    if requested == "cudnn":
+        raise ValueError(f"cuDNN attention cannot run: {obstacle}; use xla, or leave the choice open")
+    return "xla", f"cuDNN attention cannot run: {obstacle}"
+
+
+def _cudnn_obstacle(config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike) -> str | None:
     if jax.default_backend() != "gpu":
-        return "xla", f"JAX runs on {jax.default_backend()}"
+        return f"JAX runs on {jax.default_backend()}"
     if jnp.dtype(compute_dtype).itemsize != 2:
-        return "xla", f"cuDNN attention needs a 16-bit dtype, not {jnp.dtype(compute_dtype).name}"
+        return f"it needs a 16-bit dtype, not {jnp.dtype(compute_dtype).name}"
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     operands = [jax.ShapeDtypeStruct((1, seq_len, n, config.head_dim), compute_dtype) for n in heads]
 
@@ -28,5 +42,5 @@ def choose_attention(
     try:
         jax.jit(jax.grad(total, (0, 1, 2))).lower(*operands).compile()
     except Exception as error:
-        return "xla", f"cuDNN attention cannot run here: {str(error).splitlines()[0][:120]}"
-    return "cudnn", "cuDNN flash attention compiles on this GPU"
+        return (str(error) or type(error).__name__).splitlines()[0][:120]
+    return None

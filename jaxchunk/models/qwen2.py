@@ -205,7 +205,8 @@ def _attention(
         for name in "qkv"
     )
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=execution.attention)
+    with jax.default_matmul_precision("highest" if x.dtype.itemsize >= 4 else "default"):  # no TF32 here either
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=execution.attention)
     return _matmul(out.reshape(B, S, -1), layer["o_weight"])
 
 

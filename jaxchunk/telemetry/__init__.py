@@ -1,6 +1,6 @@
 """Energy, power, clocks and throttling of a device, measured from the side.
 
-Nothing that computes imports this package, and it imports nothing that computes. Typical use:
+No numerics import this package, and it imports none of them (the watcher only waits for JAX's arrays). Typical use:
 
     with open_monitor(jax.devices()[0], csv_path="telemetry.csv") as monitor:
         start_s = monitor.now()

@@ -44,6 +44,7 @@ class CounterCurve(CumulativeCurve):
 
     MIN_INTERVAL = 5.0
     LEARNING_TICKS = 6
+    STALL_S = 3.0  # a counter that answers but has not moved for so long is not waited for
 
     def __init__(self, period_s: float, *, power_range: PowerRange = no_power_samples, resolution_j: float = 1e-3):
         super().__init__("the energy counter", period_s)
@@ -52,6 +53,7 @@ class CounterCurve(CumulativeCurve):
         self._uncertainty_s = array("d")
         self._last_value: float | None = None
         self._last_start_s = 0.0
+        self._moved_s: float | None = None
         self._tick_seen_s = (-math.inf, math.inf)  # the latest tick was between these two times
         self._quiet_s: deque[float] = deque(maxlen=self.LEARNING_TICKS)  # seconds surely without a tick, before each
 
@@ -60,6 +62,8 @@ class CounterCurve(CumulativeCurve):
         self._note_reading(start_s, end_s)
         previous_j, previous_start_s = self._last_value, self._last_start_s
         self._last_value, self._last_start_s = energy_j, start_s
+        if energy_j != previous_j:
+            self._moved_s = end_s
         if previous_j is None:
             return  # when this value was reached is not known
         if energy_j < previous_j:
@@ -84,6 +88,19 @@ class CounterCurve(CumulativeCurve):
     def settled(self, end_s: float) -> bool:
         """True one tick later than the curve reaches `end_s`: the bound looks at the neighbour as well."""
         return len(self._times_s) >= 2 and self._times_s[-2] >= end_s
+
+    def outage(self, now_s: float) -> bool:
+        """As for any curve, and also where the counter answers but stands still."""
+        return super().outage(now_s) or self._stalled(now_s)
+
+    def outage_reason(self, now_s: float) -> str:
+        """What to say of a window in an outage that has not ended."""
+        if super().outage(now_s) or self._moved_s is None:
+            return super().outage_reason(now_s)
+        return f"{self.what} has not moved for {now_s - self._moved_s:.1f} s"
+
+    def _stalled(self, now_s: float) -> bool:
+        return self._moved_s is not None and now_s - self._moved_s > self.STALL_S
 
     def earliest_next_tick_s(self) -> float:
         """Before this time no tick is expected: after each of the latest ticks, it was quiet for longer than this.

@@ -92,6 +92,7 @@ class Monitor:
         self.energy_source_reason = reason_if_none
         self._sampler: Sampler | None = None
         self._stopped = False
+        self.start_s = now()
         if device is not None:
             self.probes = probe(device)
             self.energy_source, self.energy_source_reason = choose_energy_source(self.probes)
@@ -116,9 +117,10 @@ class Monitor:
         return {} if self._sampler is None else dict(self._sampler.errors)
 
     def start(self) -> Self:
-        """Starts reading."""
+        """Starts reading. From now on `start_s` is the zero of the times in the CSV file."""
+        self.start_s = self.now()
         if self._sampler is not None:
-            self._sampler.start()
+            self._sampler.start(self.start_s)
         return self
 
     def stop(self) -> None:

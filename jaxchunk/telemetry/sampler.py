@@ -104,10 +104,11 @@ class Sampler:
         for curve in (*self.throttle.values(), *([] if self.energy is None else [self.energy])):
             curve.forget_before(time_s - margin_s)
 
-    def start(self) -> None:
-        """Starts the thread."""
+    def start(self, zero_s: float) -> None:
+        """Starts the thread; times in the file are counted from `zero_s`."""
         if self._thread is not None:
             return
+        self._start_s = zero_s
         self._thread = threading.Thread(target=self._run, name="jaxchunk-telemetry", daemon=True)
         self._thread.start()
 

@@ -6,30 +6,18 @@ from typing import Any
 import jax
 
 import jaxchunk
-from jaxchunk import data
-from jaxchunk.lm_head import Choice
 from jaxchunk.models import qwen2
 from jaxchunk.telemetry import Monitor
 from jaxchunk.training.config import TrainConfig
-from jaxchunk.training.programs import Programs
+from jaxchunk.training.plan import Plan
 
 
-def describe_run(
-    config: TrainConfig,
-    dataset: data.Dataset,
-    split: data.Split,
-    execution: qwen2.Execution,
-    attention_reason: str,
-    choice: Choice,
-    programs: Programs,
-    monitor: Monitor,
-    path: Path,
-) -> str:
+def describe_run(plan: Plan, monitor: Monitor, path: Path) -> str:
     """The banner: everything that was chosen, and why."""
-    model = qwen2.SIZES[config.model]
-    plan, device = programs.memory_plan, jax.devices()[0]
-    micro_batches = config.batch_size // plan.micro_batch_size
-    chunk_tokens = -(-plan.micro_batch_size * config.seq_len // config.lmhead_chunks)
+    config, dataset, programs = plan.config, plan.dataset, plan.programs
+    model, device = qwen2.SIZES[config.model], jax.devices()[0]
+    micro_batches = config.batch_size // programs.memory_plan.micro_batch_size
+    chunk_rows, chunks = plan.lm_head_rows
     tied = "tied to the embedding" if model.tie_word_embeddings else "untied"
     lines = {
         "jaxchunk": f"{jaxchunk.__version__}, JAX {jax.__version__}",
@@ -38,14 +26,14 @@ def describe_run(
         "dtypes": f"parameters and optimizer float32; activations and GEMMs {config.compute_dtype} "
         f"({_dtype_reason(config, device)}); norms, softmax and loss statistics float32",
         "data": f"{dataset.description}; {len(dataset.tokens):,} tokens, vocabulary {dataset.vocab_size}, "
-        f"{len(split.train):,} training and {len(split.validation):,} held-out sequences, "
+        f"{len(plan.split.train):,} training and {len(plan.split.validation):,} held-out sequences, "
         f"sha256 {dataset.sha256[:12]}",
         "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
-        "LM head": f"{choice.implementation}, {config.lmhead_chunks} chunk(s) of {chunk_tokens:,} tokens in each "
-        f"micro-batch ({choice.reason})",
-        "attention": f"{execution.attention} ({attention_reason})",
+        "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each micro-batch "
+        f"({plan.lm_head.reason})",
+        "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
-        "memory": plan.describe(),
+        "memory": programs.memory_plan.describe(),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
         "compiled in": f"{programs.compile_time_s:.1f} s",
         "output": str(path),
@@ -57,13 +45,15 @@ def describe_run(
 def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
     if config.compute_dtype == "bfloat16":
         return "tensor cores" if device.platform == "gpu" else "named by the caller"
-    return "a CPU gains nothing from 16 bits" if device.platform == "cpu" else "named by the caller"
+    return (
+        "the default on a CPU, which gains nothing from 16 bits" if device.platform == "cpu" else "named by the caller"
+    )
 
 
-def describe_summary(summary: dict[str, Any], figure: Path | None) -> str:
+def describe_summary(summary: dict[str, Any], figure: Path) -> str:
     """The last lines of a run."""
     if not summary["steps"]:
-        return "no step was completed"
+        return f"no step was completed ({summary['status']})"
     if summary["energy_j"] is None:
         energy = f"energy null: {summary['energy_null_reason']}"
     else:

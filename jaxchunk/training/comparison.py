@@ -18,19 +18,23 @@ def comparison_table(paths: Sequence[Path]) -> str:
     """
     lines = ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * len(_HEADER)]
     for path in paths:
-        config, summary = (json.loads((path / name).read_text()) for name in ("config.json", "summary.json"))
-        lines.append("| " + " | ".join(_row(path.name, config, summary)) + " |")
+        config, summary = (_read(path / name) for name in ("config.json", "summary.json"))
+        cells = _row(config, summary) if summary.get("steps") else ["no finished run", *[""] * (len(_HEADER) - 2)]
+        lines.append("| " + " | ".join([path.name, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _row(name: str, config: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _row(config: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     tokens = config["batch_size"] * config["seq_len"]
     fast, slow = (tokens / seconds for seconds in summary["step_time_s_p10_p90"])
     energy = summary["energy_per_token_j"]
     bound = None if energy is None else summary["energy_bound_j"] / summary["energy_j"] * energy
     memory = summary["peak_memory_bytes"]
     return [
-        name,
         str(config["lmhead_chunks"]),
         f"{summary['tokens_per_s_median']:,.0f} ({slow:,.0f} to {fast:,.0f})",
         "null" if energy is None or bound is None else f"{energy * 1e3:.3f} ± {bound * 1e3:.3f}",

@@ -1,6 +1,7 @@
 """Every choice of a training run, in one frozen dataclass; the command line is this class."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from jaxchunk.errors import InputError
@@ -92,6 +93,12 @@ def validate(config: TrainConfig) -> None:
     Raises:
       InputError: naming the flag, its value and what is needed.
     """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{field.name} is {value}; it must be a finite number")
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"--seed is {config.seed}; it must be between 0 and 2^63 - 1")
     for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")

@@ -6,11 +6,12 @@ from jaxchunk.models.qwen2 import Qwen2Config
 
 # Dense 16-bit peak with fp32 accumulation, FLOP/s, from NVIDIA's data sheets. A device that is missing has MFU null.
 PEAK_FLOPS_16_BIT = {
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L40": 181e12,
@@ -33,8 +34,5 @@ def training_flops_per_token(config: Qwen2Config, seq_len: int) -> float:
 
 
 def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
-    """The device's peak for a 16-bit compute dtype; None where it is not in the table."""
-    if compute_dtype != "bfloat16":
-        return None
-    names = [name for name in PEAK_FLOPS_16_BIT if device.device_kind.startswith(name)]
-    return PEAK_FLOPS_16_BIT[max(names, key=len)] if names else None
+    """The device's peak for a 16-bit compute dtype; None where its full name is not in the table."""
+    return PEAK_FLOPS_16_BIT.get(device.device_kind) if compute_dtype == "bfloat16" else None

@@ -2,37 +2,28 @@
 
 import contextlib
 import dataclasses
-import datetime
-import logging
 import math
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxchunk import data, device_memory, environment, plotting
-from jaxchunk.lm_head import choose_implementation
+from jaxchunk import data, environment, plotting
+from jaxchunk.errors import RunFailedError
 from jaxchunk.models import qwen2
-from jaxchunk.models.attention import choose_attention
-from jaxchunk.run_dir import RunDirectory
+from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.telemetry import CompletionWatcher, Monitor, Samples, Window, open_monitor
 from jaxchunk.training import banner
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
-from jaxchunk.training.programs import Programs, compile_programs
+from jaxchunk.training.plan import Plan, prepare
 from jaxchunk.training.progress import Progress
 from jaxchunk.training.records import WARMUP_STEPS, StepRecord, step_record, summarize
 from jaxchunk.training.step import StepMetrics
 
-_logger = logging.getLogger("jaxchunk")
 _TICK_TIMEOUT_S = 1.0  # how long to wait for the energy counter's next tick before and after a stretch
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message says at which step."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -42,56 +33,36 @@ def train(config: TrainConfig) -> dict[str, Any]:
       config: the run; `default_config` gives the device's defaults.
 
     Returns:
-      What `summary.json` holds.
+      What `summary.json` holds; its "status" is "completed" or "interrupted".
 
     Raises:
       InputError: the config, the data or the directory cannot be used.
-      NonFiniteLossError: the loss became NaN or infinite.
+      RunFailedError: the loss became NaN or infinite; the summary of what was done is written.
     """
     validate(config)
     device = jax.devices()[0]
-    run = RunDirectory(_out_dir(config), overwrite=config.overwrite)
-    dataset = data.load_dataset(
-        config.data,
-        config.tokenizer,
-        qwen2.SIZES[config.model].vocab_size,
-        None if config.cache_dir is None else Path(config.cache_dir),
-        seed=config.seed,
+    run = RunDirectory(
+        config.out_dir or new_run_path(f"{config.model}-{config.lmhead_chunks}chunks"), overwrite=config.overwrite
     )
-    split = data.split(dataset, config.seq_len, config.val_fraction)
-    choice = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
-    _logger.info("compiling %s ...", config.model)
-    execution, attention_reason = _execution(config)
-    programs = compile_programs(config, execution, device_memory.limit_bytes(device))
+    plan = prepare(config, device)
     with run, open_monitor(device, csv_path=run.path / "telemetry.csv") as monitor:
-        clock_zero_s = monitor.now()
         run.write_json("config.json", dataclasses.asdict(config))
-        run.write_json("env.json", environment.describe_environment(monitor.describe()))
-        text = banner.describe_run(
-            config, dataset, split, execution, attention_reason, choice, programs, monitor, run.path
-        )
-        print(text, flush=True)
-        summary = _Training(config, programs, split, run, monitor, clock_zero_s).run()
-        summary["compile_time_s"] = programs.compile_time_s
+        about = environment.describe_environment(monitor.describe())
+        run.write_json("env.json", about | {"chosen": plan.choices(), "data": plan.describe_data()})
+        print(banner.describe_run(plan, monitor, run.path), flush=True)
+        summary = _Training(plan, run, monitor).run()
         summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
         run.write_json("summary.json", summary)
-    figure = plotting.plot_training(run.path)
+        figure = plotting.plot_training(run.path)
     print(banner.describe_summary(summary, figure), flush=True)
+    if summary["status"] == "failed":
+        raise RunFailedError(summary["status_reason"])
     return summary
 
 
-def _out_dir(config: TrainConfig) -> Path:
-    if config.out_dir is not None:
-        return Path(config.out_dir)
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{stamp}-{config.model}-{config.lmhead_chunks}chunks"
-
-
-def _execution(config: TrainConfig) -> tuple[qwen2.Execution, str]:
-    attention, reason = config.attention, "named by the caller"
-    if attention is None:
-        attention, reason = choose_attention(qwen2.SIZES[config.model], config.seq_len, config.compute_dtype)
-    return qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers), reason
+class _NonFiniteLossError(Exception):
+    """The loss became NaN or infinite; the message says at which step."""
 
 
 @dataclasses.dataclass
@@ -107,56 +78,49 @@ class _Completed:
 class _Training:
     """The state of the loop. Steps run in stretches between validations; energy is known for each."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        programs: Programs,
-        split: data.Split,
-        run: RunDirectory,
-        monitor: Monitor,
-        clock_zero_s: float,
-    ):
-        self._config, self._programs, self._split, self._run = config, programs, split, run
-        self._monitor, self._clock_zero_s = monitor, clock_zero_s
+    def __init__(self, plan: Plan, run: RunDirectory, monitor: Monitor):
+        self._config, self._programs, self._split, self._run = plan.config, plan.programs, plan.split, run
+        self._batches, self._monitor = plan.batches, monitor
         self._records: list[StepRecord] = []
         self._completed: deque[_Completed] = deque()
         self._stretches: list[Window] = []
         self._samples: list[Samples] = []
         self._steady_from_s = math.inf  # when clocks and power had settled
         self._validation: dict[str, float] = {}
-        self._flops_per_token = training_flops_per_token(qwen2.SIZES[config.model], config.seq_len)
-        self._peak_flops = peak_flops(jax.devices()[0], config.compute_dtype)
+        self._flops_per_token = training_flops_per_token(qwen2.SIZES[plan.config.model], plan.config.seq_len)
+        self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end, or to an interrupt; returns the summary of what was done."""
-        config, interrupted = self._config, False
-        state = self._programs.init(jax.random.key(config.seed))
-        jax.block_until_ready(state)
-        batches = iter(data.train_batches(self._split.train, config.batch_size, config.seed))
-        self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # no energy is known before the first tick
+        """Trains to the end, an interrupt or a bad loss; returns the summary of what was done."""
+        config, status, reason = self._config, "completed", None
         with (
             Progress(config.steps) as self._progress,
             contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
         ):
             try:
+                state = self._programs.init(jax.random.key(config.seed))
+                jax.block_until_ready(state)
+                self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # nothing is known before the first tick
                 for first, last in _stretches(config.steps, config.val_every):
-                    state = self._train_stretch(state, batches, first, last)
+                    state = self._train_stretch(state, first, last)
                     self._validate(state.params, last)
             except KeyboardInterrupt:
-                interrupted = True
-                self._write_records(wait=True)
-                self._progress.say(f"interrupted after {len(self._records)} steps; what was measured is kept")
+                status, reason = "interrupted", f"interrupted after {len(self._records)} steps"
+                self._progress.say(f"{reason}; what was measured is kept")
+            except _NonFiniteLossError as error:
+                status, reason = "failed", str(error)
         summary = summarize(self._records, self._stretches, self._samples, config.tokens_per_step)
-        return summary | self._validation | {"interrupted": interrupted}
+        outcome = {"status": status, "status_reason": reason, "compile_time_s": self._programs.compile_time_s}
+        return outcome | summary | self._validation
 
-    def _train_stretch(self, state: Any, batches: Iterator[data.Batch], first: int, last: int) -> Any:
+    def _train_stretch(self, state: Any, first: int, last: int) -> Any:
         """Runs steps `first` to `last`; the device always has the next step before the last one's metrics are read."""
         start_s = self._monitor.now()
         in_flight: deque[tuple[int, StepMetrics]] = deque()
         previous_end_s = start_s
         try:
             for step in range(first, last + 1):
-                state, metrics = self._programs.train_step(state, next(batches))
+                state, metrics = self._programs.train_step(state, next(self._batches))
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
                 if len(in_flight) > 1:
@@ -179,27 +143,25 @@ class _Training:
         if step == WARMUP_STEPS:
             self._steady_from_s = end_s
         if not np.isfinite(values["loss"]):
-            raise NonFiniteLossError(f"the loss is {values['loss']} at step {step}; the records up to it are kept")
+            raise _NonFiniteLossError(f"the loss is {values['loss']} at step {step}; the records up to it are kept")
         return end_s
 
     def _write_records(self, *, wait: bool) -> None:
         """Writes the records of completed steps whose energy is settled; with `wait`, of all of them."""
-        while self._completed:
+        if wait and self._completed:  # once for all of them: a counter that stands still must not cost this every time
+            self._monitor.wait_ready(self._completed[-1].end_s, _TICK_TIMEOUT_S)
+        while self._completed and (wait or self._monitor.ready(self._completed[0].end_s)):
             done = self._completed[0]
-            if not self._monitor.ready(done.end_s):
-                if not wait:
-                    return
-                self._monitor.wait_ready(done.end_s, _TICK_TIMEOUT_S)
-            self._completed.popleft()
             record = step_record(
                 done.step,
                 done.metrics,
                 self._monitor.window(done.start_s, done.end_s),
-                clock_zero_s=self._clock_zero_s,
+                clock_zero_s=self._monitor.start_s,
                 tokens=self._config.tokens_per_step,
                 flops_per_token=self._flops_per_token,
                 peak_flops=self._peak_flops,
             )
+            self._completed.popleft()
             self._records.append(record)
             self._run.append("steps.jsonl", record.as_dict())
             self._progress.step(record)
@@ -210,7 +172,7 @@ class _Training:
         sums = [self._programs.eval_step(params, batch) for batch in batches]
         loss, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
         self._validation = {"val_loss": loss / tokens}
-        record = {"step": step, "time_s": self._monitor.now() - self._clock_zero_s, "val_loss": loss / tokens}
+        record = {"step": step, "time_s": self._monitor.now() - self._monitor.start_s, "val_loss": loss / tokens}
         self._run.append("validation.jsonl", record | {"tokens": int(tokens)})
         self._progress.say(f"step {step}: validation loss {loss / tokens:.4f} over {int(tokens):,} held-out tokens")
 

@@ -1,48 +1,40 @@
 """The memory plan: how large a micro-batch fits, estimated first and then checked against the compiled program."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 
+from jaxchunk.device_memory import ProgramMemory, compile_if_it_fits, usable
 from jaxchunk.errors import InputError
 from jaxchunk.models import qwen2
 from jaxchunk.training.config import TrainConfig
 
 _logger = logging.getLogger("jaxchunk")
-_USABLE = 0.94  # share of the allocator's limit; the rest goes to fragmentation and library workspaces
-
-Program = TypeVar("Program", bound=jax.stages.Compiled)
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What the compiled step needs and what there is, in bytes; `limit_bytes` is None where the device has no limit."""
+    """What the compiled step needs and what there is; `limit_bytes` is None where the device has no limit."""
 
     micro_batch_size: int
-    state_bytes: int
-    temporary_bytes: int
+    memory: ProgramMemory
     limit_bytes: int | None
-
-    @property
-    def total_bytes(self) -> int:
-        """Peak of the step: state (donated, so held once) and temporaries."""
-        return self.state_bytes + self.temporary_bytes
 
     def describe(self) -> str:
         """One line for people."""
-        limit = "no limit known" if self.limit_bytes is None else f"of {self.limit_bytes / 1e9:.1f} GB"
+        limit = "" if self.limit_bytes is None else f" of {self.limit_bytes / 1e9:.1f}"
         return (
-            f"{self.total_bytes / 1e9:.2f} GB {limit} (state {self.state_bytes / 1e9:.2f}, temporaries "
-            f"{self.temporary_bytes / 1e9:.2f}) with micro-batches of {self.micro_batch_size}"
+            f"{self.memory.total_bytes / 1e9:.2f}{limit} GB (state {self.memory.operand_bytes / 1e9:.2f}, temporaries "
+            f"{self.memory.temporary_bytes / 1e9:.2f}) with micro-batches of {self.micro_batch_size}"
         )
 
 
 def compile_within_memory(
-    config: TrainConfig, compile_step: Callable[[int], Program], limit_bytes: int | None
-) -> tuple[Program, MemoryPlan]:
+    config: TrainConfig, compile_step: Callable[[int], jax.stages.Compiled], limit_bytes: int | None
+) -> tuple[jax.stages.Compiled, MemoryPlan]:
     """Compiles the step with the largest micro-batch that fits.
 
     Args:
@@ -57,25 +49,19 @@ def compile_within_memory(
     if config.micro_batch_size is not None:
         candidates = [config.micro_batch_size]
     elif limit_bytes is not None:
-        fitting = [m for m in candidates if estimate_bytes(config, m) < _USABLE * limit_bytes]
+        fitting = [m for m in candidates if estimate_bytes(config, m) < usable(limit_bytes)]
         candidates = fitting or candidates[-1:]
-    plan = None
+    obstacle = ""
     for micro_batch_size in candidates:
-        try:
-            program = compile_step(micro_batch_size)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            _logger.info("micro-batches of %d do not fit: the compiler ran out of memory", micro_batch_size)
-            continue
-        plan = _plan(program, micro_batch_size, limit_bytes)
-        if limit_bytes is None or plan.total_bytes < _USABLE * limit_bytes:
-            return program, plan
-        _logger.info("micro-batches of %d do not fit: %s", micro_batch_size, plan.describe())
-    needed = "" if plan is None else f"; {plan.describe()}"
+        compiled = compile_if_it_fits(functools.partial(compile_step, micro_batch_size), limit_bytes)
+        if not isinstance(compiled, str):
+            program, memory = compiled
+            return program, MemoryPlan(micro_batch_size, memory, limit_bytes)
+        obstacle = f"micro-batches of {micro_batch_size} do not fit: {compiled}"
+        _logger.info(obstacle)
     raise InputError(
-        f"--model {config.model} with --seq_len {config.seq_len} --lmhead_chunks {config.lmhead_chunks} does not "
-        f"fit in the device's memory{needed}; use a smaller --micro_batch_size, more --lmhead_chunks, or --remat full"
+        f"--model {config.model} with --seq_len {config.seq_len} --lmhead_chunks {config.lmhead_chunks}: {obstacle}; "
+        "use a smaller --micro_batch_size, more --lmhead_chunks, or --remat full"
     )
 
 
@@ -92,10 +78,3 @@ def estimate_bytes(config: TrainConfig, micro_batch_size: int) -> int:
     state = 12 * parameters + 4 * gradient_sets * parameters + size * parameters
     logits = -(-tokens // config.lmhead_chunks) * V * size
     return state + tokens * size * (L * saved_per_layer + working_set) + logits
-
-
-def _plan(program: jax.stages.Compiled, micro_batch_size: int, limit_bytes: int | None) -> MemoryPlan:
-    analysis = program.memory_analysis()
-    assert analysis is not None, "CPU and GPU back ends have this analysis"
-    state = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return MemoryPlan(micro_batch_size, state, analysis.temp_size_in_bytes, limit_bytes)

@@ -13,7 +13,9 @@ class Progress:
 
     def __init__(self, total_steps: int):
         self._total_steps = total_steps
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
+        self._bar = (
+            tqdm(total=total_steps, unit="step", dynamic_ncols=True, file=sys.stdout) if sys.stdout.isatty() else None
+        )
 
     def step(self, record: StepRecord) -> None:
         """A step is complete."""

@@ -38,7 +38,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
         init_value=config.lr / max(warmup, 1),
         peak_value=config.lr,
         warmup_steps=warmup,
-        decay_steps=max(config.steps, warmup + 1),
+        decay_steps=max(config.steps - 1, warmup + 1),  # the last step is number steps - 1
         end_value=config.final_lr_ratio * config.lr,
     )
 

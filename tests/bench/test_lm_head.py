@@ -21,7 +21,7 @@ def test_floor_baseline_and_every_chunk_count_are_compiled():
 
 def test_what_does_not_fit_is_left_out_with_a_word(caplog):
     assert list(lm_head.compile_variants(CONFIG, limit_bytes=1000)) == []
-    assert "xla, 3 chunks is left out: it needs 0.0 GB of 0.0" in caplog.text
+    assert "xla, 3 chunks is left out: it needs 0.00 of 0.0 GB" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,19 @@ def test_sum_and_normalizer(implementation):
     assert none == 0
 
 
+@pytest.mark.parametrize("implementation", ALL)
+def test_gradient_through_a_traced_normalizer(implementation):
+    p = problem()
+
+    def loss(normalizer):
+        return 3 * lm_head_loss(*p, normalizer=normalizer, num_chunks=4, implementation=implementation)
+
+    total = oracle(p, reduction="sum").loss
+    value, gradient = jax.jit(jax.value_and_grad(loss))(0.25)  # below 1: nothing may be clamped
+    np.testing.assert_allclose(value, 3 * total / 0.25, rtol=1e-5)
+    np.testing.assert_allclose(gradient, -3 * total / 0.25**2, rtol=1e-5)
+
+
 def test_microbatches_with_the_global_count_add_up():
     """Means of micro-batches of unequal size cannot be averaged; sums over the global count can."""
     p = problem(T=32, ignored=0.5)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxchunk import lm_head_loss
+from jaxchunk.lm_head.kernels import triton, xla
 
 T, D, V = 512, 64, 4096
 X, W, Y = (
@@ -47,6 +49,84 @@ def loop_body(text: str) -> str:
 )
 def test_no_gemm_is_run_for_nothing(argnums, expected, num_chunks):
     assert gemms(compiled(argnums, num_chunks=num_chunks, implementation="xla").as_text()) == expected
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def traced(argnums, hidden_dtype="float32", **options):
+    hidden = jax.ShapeDtypeStruct((T, D), hidden_dtype)
+    options = {"num_chunks": 4, "implementation": "xla"} | options
+    gradients = jax.grad(lambda *xs: lm_head_loss(*xs, **options), argnums)
+    return list(equations(jax.make_jaxpr(gradients)(hidden, W, Y).jaxpr))
+
+
+@pytest.mark.parametrize(
+    ("hidden_dtype", "options", "operands", "outputs"),
+    [
+        ("float32", {}, "float32", ("float32", "float32", "float32")),
+        ("bfloat16", {}, "bfloat16", ("bfloat16", "bfloat16", "float32")),
+        ("float32", {"compute_dtype": "bfloat16"}, "bfloat16", ("bfloat16", "float32", "float32")),
+        ("bfloat16", {"accum_dtype": "bfloat16"}, "bfloat16", ("bfloat16", "bfloat16", "bfloat16")),
+    ],
+)
+def test_the_precision_of_every_gemm(hidden_dtype, options, operands, outputs):
+    """What the compiler is asked for; a CPU would hide most departures from it."""
+    shapes = {(T // 4, V): "logits", (T // 4, D): "dX", (V, D): "dW"}
+    dtypes = dict(zip(("logits", "dX", "dW"), outputs, strict=True))
+    for argnums, expected in (((0, 1), {"logits", "dX", "dW"}), (0, {"logits", "dX"}), (1, {"logits", "dW"})):
+        gemms = [e for e in traced(argnums, hidden_dtype, **options) if e.primitive.name == "dot_general"]
+        found = {shapes[e.outvars[0].aval.shape]: e for e in gemms}
+        assert set(found) == expected and len(gemms) == len(expected)
+        for name, gemm in found.items():
+            assert gemm.outvars[0].aval.dtype == dtypes[name], name
+            assert {v.aval.dtype.name for v in gemm.invars} == {operands}, name
+            exact = gemm.params["precision"]
+            assert (exact is not None and set(exact) == {jax.lax.Precision.HIGHEST}) == (operands == "float32"), name
+
+
+def test_the_weight_is_cast_once_and_not_in_the_loop():
+    (scan,) = [e for e in traced((0, 1), "bfloat16") if e.primitive.name == "scan"]
+    body = list(equations(scan.params["jaxpr"].jaxpr))
+    assert not [e for e in body if e.primitive.name == "convert_element_type" and e.outvars[0].aval.shape == (V, D)]
+
+
+@pytest.mark.parametrize("num_chunks", [3, 7, 100, 500])
+def test_there_are_never_more_chunks_than_asked_for(num_chunks):
+    (scan,) = [e for e in traced((0, 1), num_chunks=num_chunks) if e.primitive.name == "scan"]
+    assert scan.params["length"] <= num_chunks
+
+
+def test_a_named_implementation_is_the_one_that_runs():
+    def kernels(implementation):
+        return [e for e in traced((0, 1), implementation=implementation) if e.primitive.name == "pallas_call"]
+
+    assert len(kernels("pallas_interpret")) == 1
+    assert len(kernels("xla")) == 0
+
+
+@pytest.mark.parametrize(("V", "block"), [(97, 64), (97, 32), (128, 64), (1187, 1024)])
+def test_the_row_kernel_is_right_in_place(V, block):
+    """The interpreter gives the kernel separate buffers; on a GPU the gradient is written over the logits."""
+    logits = jax.random.normal(jax.random.key(0), (6, V))
+    labels = jnp.array([0, V - 1, -1, block - 1, V - block, block // 2])
+
+    def in_place(z_ref, y_ref, w_ref, loss_ref, dz_ref):
+        dz_ref[...] = z_ref[...]
+        triton._row_kernel(dz_ref, y_ref, w_ref, loss_ref, dz_ref, num_columns=V, block=block, reverse=True)
+
+    per_row, row = pl.BlockSpec((1,), lambda t: (t,)), pl.BlockSpec((None, V), lambda t: (t, 0))
+    shapes = [jax.ShapeDtypeStruct((6,), jnp.float32), jax.ShapeDtypeStruct((6, V), jnp.float32)]
+    specs = {"in_specs": [row, per_row, per_row], "out_specs": [per_row, row]}
+    ours = pl.pallas_call(in_place, grid=(6,), out_shape=shapes, interpret=True, **specs)(logits, labels, jnp.ones(6))
+    for value, expected in zip(ours, xla.losses_and_gradients(logits, labels, jnp.ones(6)), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_stay_a_loop_and_one_chunk_has_none():
@@ -89,12 +169,13 @@ def test_a_cotangent_of_one_folds_away():
 
 @pytest.mark.parametrize("num_chunks", [1, 4])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("vocab_size", [151936, 1187, 97, 1])
 @pytest.mark.parametrize("device_kind", ["NVIDIA H200", "NVIDIA GB10", "NVIDIA GeForce RTX 4090"])
-def test_pallas_lowers_for_cuda_without_a_gpu(device_kind, dtype, num_chunks):
+def test_pallas_lowers_for_cuda_without_a_gpu(device_kind, vocab_size, dtype, num_chunks):
     device = AbstractDevice(device_kind=device_kind, num_cores=132, platform="gpu")
     operands = tuple(
         jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((16384, 896), dtype), ((151936, 896), jnp.float32), ((16384,), jnp.int32))
+        for shape, dtype in (((16384, 896), dtype), ((vocab_size, 896), jnp.float32), ((16384,), jnp.int32))
     )
     gradients = jax.value_and_grad(lambda *xs: lm_head_loss(*xs, num_chunks=num_chunks), (0, 1))
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):

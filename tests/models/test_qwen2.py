@@ -160,7 +160,10 @@ def test_a_config_whose_heads_do_not_fit_is_refused():
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="tests a machine without a GPU")
 def test_attention_choice_on_a_cpu_says_why():
-    assert choose_attention(CONFIG, 128, jnp.bfloat16) == ("xla", "JAX runs on cpu")
+    assert choose_attention(CONFIG, 128, jnp.bfloat16) == ("xla", "cuDNN attention cannot run: JAX runs on cpu")
+    assert choose_attention(CONFIG, 128, jnp.bfloat16, "xla") == ("xla", "named by the caller")
+    with pytest.raises(ValueError, match="cuDNN attention cannot run: JAX runs on cpu; use xla"):
+        choose_attention(CONFIG, 128, jnp.bfloat16, "cudnn")
 
 
 @pytest.mark.gpu

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from jaxchunk import data
+from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.models import qwen2
 from jaxchunk.run_dir import read_json_lines
 from jaxchunk.telemetry import Monitor, NotSupported, SimulatedDevice
@@ -30,7 +32,7 @@ def config(tmp_path, monkeypatch):
 
 def run(config):
     summary = loop.train(config)
-    path = loop.Path(config.out_dir)
+    path = Path(config.out_dir)
     return summary, read_json_lines(path / "steps.jsonl"), read_json_lines(path / "validation.jsonl")
 
 
@@ -45,7 +47,7 @@ def test_records_of_a_run(config, capsys):
         assert record["power_w"] is None and record["throttle"] is None and record["mfu"] is None
         assert record["tokens_per_s"] == pytest.approx(64 / record["step_time_s"])
     assert np.all(np.diff([record["time_s"] for record in steps]) > 0)
-    path = loop.Path(config.out_dir)
+    path = Path(config.out_dir)
     assert json.loads((path / "summary.json").read_text()) == summary
     assert json.loads((path / "config.json").read_text()) == dataclasses.asdict(config)
     environment = json.loads((path / "env.json").read_text())
@@ -53,7 +55,7 @@ def test_records_of_a_run(config, capsys):
     assert environment["gpu"]["energy_source"] is None
     assert (path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert summary["val_loss"] == validation[-1]["val_loss"]
-    assert summary["interrupted"] is False
+    assert summary["status"] == "completed"
     out = capsys.readouterr().out
     assert "LM head  xla, 4 chunk(s) of 16 tokens in each micro-batch (pallas cannot run" in out
     assert "step 12/12  loss" in out
@@ -92,8 +94,7 @@ def test_energy_of_every_step_comes_from_the_device(config, monkeypatch, failing
     monkeypatch.setattr(data, "train_batches", slow_batches)
 
     def open_simulated(jax_device, *, csv_path):
-        clock = loop.CompletionWatcher.__init__.__defaults__[0]
-        device = SimulatedDevice(Constant(300.0), clock, tick_s=0.005, failing=failing)
+        device = SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=0.005, failing=failing)
         return Monitor(device, csv_path=csv_path, poll_period_s=0.001, sample_period_s=0.002)
 
     monkeypatch.setattr(loop, "open_monitor", open_simulated)
@@ -109,7 +110,7 @@ def test_energy_of_every_step_comes_from_the_device(config, monkeypatch, failing
         assert (record["energy_j"] is None) == (record["energy_null_reason"] is not None)
     assert summary["energy_j"] == pytest.approx(300.0 * summary["training_time_s"], rel=0.05)
     assert summary["power_w_std"] == pytest.approx(0.0, abs=1e-6)
-    assert (loop.Path(config.out_dir) / "telemetry.csv").read_text().count("\n") > 10
+    assert (Path(config.out_dir) / "telemetry.csv").read_text().count("\n") > 10
 
 
 def test_an_interrupt_keeps_what_was_measured(config, monkeypatch, capsys):
@@ -122,14 +123,47 @@ def test_an_interrupt_keeps_what_was_measured(config, monkeypatch, capsys):
 
     monkeypatch.setattr(loop.RunDirectory, "append", interrupt_at_step_3)
     summary, steps, validation = run(config)
-    assert summary["interrupted"] is True
+    assert summary["status"] == "interrupted"
     assert 3 <= summary["steps"] == len(steps) < 12
     assert validation == []
     assert "interrupted after" in capsys.readouterr().out
 
 
 def test_a_bad_loss_stops_the_run_and_says_where(config):
-    with pytest.raises(loop.NonFiniteLossError, match="the loss is nan at step"):
-        run(dataclasses.replace(config, lr=1e30, grad_clip=1e30))
-    steps = read_json_lines(loop.Path(config.out_dir) / "steps.jsonl")
-    assert steps and np.isnan(steps[-1]["loss"])
+    with pytest.raises(RunFailedError, match="the loss is nan at step"):
+        loop.train(dataclasses.replace(config, lr=1e30, grad_clip=1e30))
+    path = Path(config.out_dir)
+    steps = read_json_lines(path / "steps.jsonl")
+    assert steps and steps[-1]["loss"] is None  # JSON has no NaN
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["status_reason"].startswith(f"the loss is nan at step {steps[-1]['step']}")
+    assert (path / "training.png").exists()
+
+
+def test_what_was_chosen_and_the_hash_of_the_text_are_recorded(config):
+    loop.train(config)
+    environment = json.loads((Path(config.out_dir) / "env.json").read_text())
+    assert environment["chosen"]["lmhead_impl"] == "xla"
+    assert environment["chosen"]["micro_batch_size"] == 4
+    assert (environment["chosen"]["lmhead_chunks"], environment["chosen"]["lmhead_chunk_tokens"]) == (4, 16)
+    assert environment["data"]["corpus_sha256"] == data.read_corpus(config.data).sha256
+    assert environment["data"]["tokens"] > 1000
+
+
+def test_a_counter_that_stands_still_costs_a_second_and_not_one_a_step(config, monkeypatch):
+    def open_simulated(jax_device, *, csv_path):
+        return Monitor(SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=1e9), csv_path=csv_path)
+
+    monkeypatch.setattr(loop, "open_monitor", open_simulated)
+    start_s = time.perf_counter()
+    summary, steps, _ = run(dataclasses.replace(config, val_every=0))
+    assert len(steps) == 12
+    assert all(record["energy_j"] is None and record["energy_null_reason"] for record in steps)
+    assert time.perf_counter() - start_s - summary["compile_time_s"] < 8  # it once took a second for every step
+
+
+def test_named_attention_that_cannot_run_is_refused(config):
+    with pytest.raises(InputError, match="cuDNN attention cannot run: JAX runs on cpu"):
+        loop.train(dataclasses.replace(config, attention="cudnn"))
+    assert not Path(config.out_dir).exists()

@@ -34,8 +34,8 @@ CONFIG = TrainConfig(batch_size=12)
 def test_the_largest_micro_batch_that_fits_is_taken():
     program, plan = compile_within_memory(CONFIG, FakeProgram, limit_bytes=17 * GB)
     assert (program.micro_batch_size, plan.micro_batch_size) == (4, 4)  # 6 would need 16 of 15.98 usable
-    assert plan.total_bytes == 14 * GB
-    assert plan.describe() == "14.00 GB of 17.0 GB (state 10.00, temporaries 4.00) with micro-batches of 4"
+    assert plan.memory.total_bytes == 14 * GB
+    assert plan.describe() == "14.00 of 17.0 GB (state 10.00, temporaries 4.00) with micro-batches of 4"
 
 
 def test_without_a_limit_the_whole_batch_is_taken():
@@ -46,7 +46,7 @@ def test_without_a_limit_the_whole_batch_is_taken():
 def test_a_named_micro_batch_is_taken_or_refused():
     named = dataclasses.replace(CONFIG, micro_batch_size=3)
     assert compile_within_memory(named, FakeProgram, limit_bytes=17 * GB)[0].micro_batch_size == 3
-    with pytest.raises(InputError, match=r"does not fit in the device's memory; 13.00 GB of 12.0 GB"):
+    with pytest.raises(InputError, match=r"micro-batches of 3 do not fit: it needs 13.00 of 12.0 GB"):
         compile_within_memory(named, FakeProgram, limit_bytes=12 * GB)
 
 

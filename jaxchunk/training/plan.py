@@ -1,0 +1,103 @@
+"""Everything that is settled before a run's first step: data, implementations, compiled programs."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxchunk import data, device_memory
+from jaxchunk.errors import InputError
+from jaxchunk.lm_head import Choice, choose_implementation, split_rows
+from jaxchunk.models import qwen2
+from jaxchunk.models.attention import choose_attention
+from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.programs import Programs, compile_programs
+
+_logger = logging.getLogger("jaxchunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run that is ready to start.
+
+    Attributes:
+      config: what was asked for.
+      dataset: the tokens and where they come from.
+      split: training and held-out windows.
+      batches: endless training batches.
+      lm_head: the loss implementation, with the reason.
+      execution: how the model runs.
+      attention_reason: why this attention implementation.
+      programs: the compiled functions and the memory plan.
+    """
+
+    config: TrainConfig
+    dataset: data.Dataset
+    split: data.Split
+    batches: Iterator[data.Batch]
+    lm_head: Choice
+    execution: qwen2.Execution
+    attention_reason: str
+    programs: Programs
+
+    @property
+    def lm_head_rows(self) -> tuple[int, int]:
+        """Tokens in a chunk of the LM head, and chunks in a micro-batch."""
+        tokens = self.programs.memory_plan.micro_batch_size * self.config.seq_len
+        return (
+            (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, self.config.lmhead_chunks)
+        )
+
+    def choices(self) -> dict[str, Any]:
+        """What was chosen where the config left it open, for `env.json`."""
+        chunk_rows, chunks = self.lm_head_rows
+        return {
+            "lmhead_impl": self.lm_head.implementation,
+            "lmhead_impl_reason": self.lm_head.reason,
+            "lmhead_chunks": chunks,
+            "lmhead_chunk_tokens": chunk_rows,
+            "attention": self.execution.attention,
+            "attention_reason": self.attention_reason,
+            "micro_batch_size": self.programs.memory_plan.micro_batch_size,
+            "compiled_memory_bytes": self.programs.memory_plan.memory.total_bytes,
+        }
+
+    def describe_data(self) -> dict[str, Any]:
+        """What the data is, for `env.json`."""
+        dataset = self.dataset
+        return {
+            "description": dataset.description,
+            "tokens": len(dataset.tokens),
+            "vocab_size": dataset.vocab_size,
+            "training_sequences": len(self.split.train),
+            "held_out_sequences": len(self.split.validation),
+            "tokens_sha256": dataset.sha256,
+            "corpus_sha256": dataset.corpus_sha256,
+            "corpus_bytes": dataset.num_bytes,
+            "tokenizer": dataset.tokenizer_path,
+        }
+
+
+def prepare(config: TrainConfig, device: jax.Device) -> Plan:
+    """Loads the data and compiles the programs; nothing is written but caches.
+
+    Raises:
+      InputError: the data cannot be used, a named implementation cannot run, or the model does not fit.
+    """
+    model = qwen2.SIZES[config.model]
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    dataset = data.load_dataset(config.data, config.tokenizer, model.vocab_size, cache_dir, seed=config.seed)
+    split = data.split(dataset, config.seq_len, config.val_fraction)
+    try:
+        lm_head = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
+        attention, reason = choose_attention(model, config.seq_len, config.compute_dtype, config.attention)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    execution = qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers)
+    _logger.info("compiling %s ...", config.model)
+    programs = compile_programs(config, execution, device_memory.limit_bytes(device))
+    batches = iter(data.train_batches(split.train, config.batch_size, config.seed))
+    return Plan(config, dataset, split, batches, lm_head, execution, reason, programs)
