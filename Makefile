@@ -11,7 +11,7 @@ ARGS ?=
 comma := ,
 INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 
-.PHONY: train bench test lint clean
+.PHONY: train bench test test-gpu lint clean
 
 train: $(INSTALLED)
 	$(VENV)/bin/python scripts/train.py --lmhead_chunks 4 $(ARGS)
@@ -20,7 +20,11 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python scripts/bench_lm_head.py $(ARGS)
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n auto $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto $(ARGS)
+
+# What needs an NVIDIA GPU, in one process: `make test-gpu EXTRA=cuda13`.
+test-gpu: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
