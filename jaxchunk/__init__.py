@@ -1,6 +1,6 @@
 """jaxchunk: the LM head in token chunks, for JAX."""
 
-from jaxchunk.lm_head import lm_head_loss
+from jaxchunk.lm_head import LMHeadMetrics, choose_implementation, lm_head_loss, token_log_probs
 
-__all__ = ["lm_head_loss"]
+__all__ = ["LMHeadMetrics", "choose_implementation", "lm_head_loss", "token_log_probs"]
 __version__ = "0.1.0"

@@ -1,9 +1,10 @@
-"""Shared by all tests: strictness, and the GPU marker."""
+"""Shared by all tests: strictness, simulated devices, and the GPU marker."""
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,15 +1,20 @@
 """The public loss: validates at the border, settles masks and the denominator, and hands over to an implementation."""
 
+import dataclasses
+import functools
 import logging
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
-from jaxchunk.lm_head import chunked, dispatch, reference
+from jaxchunk.lm_head import checks, chunked, dispatch, reference, sharding
+from jaxchunk.lm_head.metrics import LMHeadMetrics, metrics_of, undifferentiable
+from jaxchunk.lm_head.rows import RowOptions
+from jaxchunk.lm_head.sharding import AxisNames, Placement
 
 _logger = logging.getLogger("jaxchunk")
 
@@ -23,10 +28,20 @@ def lm_head_loss(
     implementation: str | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    token_weights: Float[Array, "*batch"] | None = None,
     normalizer: ArrayLike | None = None,
+    bias: Float[Array, " V"] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    logit_scale: ArrayLike = 1.0,
+    weight_layout: str = "vd",
     compute_dtype: DTypeLike | None = None,
     accum_dtype: DTypeLike = jnp.float32,
-) -> Float[Array, ""]:
+    token_axis: AxisNames = None,
+    vocab_axis: AxisNames = None,
+    with_metrics: bool = False,
+) -> Any:  # Float[Array, ""] or Float[Array, "*batch"]; a pair with LMHeadMetrics
     """Softmax cross-entropy of an LM head, `logits = hidden @ weight.T`, computed in token chunks.
 
     The tokens are split into `num_chunks` chunks that a `lax.scan` runs one after the other: logits of one chunk, loss
@@ -35,75 +50,156 @@ def lm_head_loss(
     (6*T*D*V FLOPs, nothing recomputed); without differentiation only the loss is computed (2*T*D*V), and a `hidden` or
     `weight` that is not differentiated costs no GEMM of its own.
 
+    With `z = c tanh((logit_scale * logits + bias) / c)` (no tanh without a softcap c), the loss of a token is
+
+        (1 - label_smoothing) * (lse(z) - z_label) + label_smoothing * (lse(z) - mean(z)) + z_loss * lse(z)^2
+
+    docs/loss.md derives the gradients.
+
     Dtypes: statistics and loss are float32 (float64 for float64 operands), dW is accumulated in `accum_dtype`, and
     each gradient has the dtype of its primal. So pass the float32 master `weight` and let the loss cast it once.
     float32 operands are multiplied in full float32, never TF32.
 
-    Autodiff: reverse mode only, and first derivatives ("xla" has second ones, the Pallas kernel has not). Inside
+    Autodiff: reverse mode, for hidden, weight, bias, token_weights, a traced normalizer and a traced logit_scale.
+    First derivatives ("xla" has second ones, the Pallas kernels have not); forward mode (`jax.jvp`, `jax.jacfwd`)
+    raises JAX's error for custom_vjp, except with "reference". `reduction="none"` computes the logits again in the
+    backward pass (8*T*D*V), because its cotangents have to be there before the sum over tokens. Inside
     `jax.checkpoint` the three GEMMs run again; with gradient accumulation take the gradient inside the loop over
     micro-batches, or every micro-batch's dW is kept. `vmap` works and multiplies the memory: leading dimensions of
-    `hidden` are cheaper. With operands sharded over an Auto mesh use "xla"; inside `jax.shard_map` and over Explicit
-    mesh axes the loss is not supported yet.
+    `hidden` are cheaper.
+
+    Sharding: name mesh axes with `token_axis` and `vocab_axis`. Inside `jax.shard_map` (check_vma=True) over these
+    axes, pass each device's tokens and its slice of the vocabulary: loss and denominator are those of all devices along
+    `token_axis`, and gradients are summed over the devices that share an operand. Outside, with Auto or Explicit axes,
+    pass whole arrays: the loss puts a `jax.shard_map` around itself, `hidden` sharded along its first dimension, each
+    device's tokens in `num_chunks` chunks; a weight that is sharded otherwise (FSDP) is gathered once. Explicit axes
+    need not be named. Inside `jax.shard_map` without named axes the loss is each device's own. Under plain `jax.jit`
+    over Auto-sharded arrays without named axes XLA's partitioner decides, and gathers the operands of "pallas".
 
     Args:
       hidden: final hidden states, float, any number of leading dimensions. T is their product.
       weight: the vocabulary matrix, float. V need not be divisible by anything.
-      labels: target ids in [0, V), or `ignore_index`. Other values are an error where they are concrete; in a jitted
+      labels: target ids in [0, V), or `ignore_index`. Other values are an error where they are known; in a jitted
         program they make the loss NaN.
       num_chunks: at least 1; need not divide T (chunks have ceil(T / num_chunks) tokens).
       implementation: "xla" (any device), "pallas" (NVIDIA GPU), "reference" (unchunked, float32, gradients by autodiff;
-        ignores `num_chunks` and the dtypes), "pallas_interpret" (the Pallas kernel interpreted, slow, for tests), or
+        ignores `num_chunks` and the dtypes), "pallas_interpret" (the Pallas kernels interpreted, slow, for tests), or
         None: "pallas" on an NVIDIA GPU, "xla" elsewhere. A named implementation never falls back to another.
       ignore_index: tokens with this label contribute nothing, whatever their `hidden` holds.
-      reduction: "mean" or "sum" over the tokens that are not ignored.
-      normalizer: for "mean", what the sum is divided by in place of this call's count of valid tokens. With gradient
-        accumulation or data parallelism pass the count over the whole batch. May be traced.
+      reduction: "mean" or "sum" over the tokens that are not ignored, or "none": a loss for each, 0 for ignored ones.
+      token_weights: factor on each token's loss, not negative; a mask of bool or int will do. A weight of 0 leaves the
+        token out like `ignore_index`, except in the gradient for `token_weights`. A mean divides by their sum.
+      normalizer: for "mean", what the sum is divided by in place of this call's count of valid tokens (or sum of
+        weights). With gradient accumulation pass the count over the whole batch. May be traced.
+      bias: added to the scaled logits in float32.
+      label_smoothing: share of the target spread over all V entries, in [0, 1).
+      z_loss: coefficient of lse^2, not negative (PaLM's is 1e-4).
+      logit_softcap: c above, greater than 0, or None (Gemma 2's is 30).
+      logit_scale: factor on the logits, greater than 0: 1 / temperature. A traced scalar multiplies `hidden` instead.
+      weight_layout: "vd" for a weight [V, D], "dv" for [D, V]. Neither is transposed in memory.
       compute_dtype: dtype of the GEMM operands and of the logits; None for `hidden`'s.
       accum_dtype: dtype in which dW is accumulated over chunks (float64 for float64 operands in any case).
+      token_axis: mesh axis (or axes) that tokens are sharded over.
+      vocab_axis: mesh axis (or axes) that the vocabulary is sharded over. They must divide V.
+      with_metrics: whether `LMHeadMetrics` are returned too. A gradient through one raises.
 
     Returns:
-      The loss, a scalar of float32 (float64 for float64 operands); 0 when every token is ignored.
+      The loss, float32 (float64 for float64 operands): a scalar, 0 when every token is ignored; of the labels' shape
+      with reduction "none". With metrics, (loss, metrics).
 
     Raises:
-      TypeError: an operand has the wrong kind of dtype.
-      ValueError: shapes do not match, an option is out of its domain, concrete labels are outside [0, V), or the named
-        implementation cannot run here.
+      TypeError: an operand has the wrong kind of dtype, or an option the wrong kind of value.
+      ValueError: shapes do not match, an option is out of its domain, known labels are outside [0, V), a mesh axis does
+        not exist or does not divide, or the named implementation cannot run here.
 
     Reference: "One Simple Trick for Improving the Performance of Energy-Limited Local Inference and Training",
-    section 3.1 (the chunking); `lm_head/rows.py` has the arithmetic of a row.
+    section 3.1 (the chunking); `lm_head/rows.py` has the arithmetic of a row. Label smoothing: Szegedy et al., 2016;
+    z-loss: Chowdhery et al., 2022 (PaLM), section 5; softcap: Gemma Team, 2024 (Gemma 2), section 2.
     """
-    _check_label_values(labels, weight, ignore_index)
+    given_labels = labels
     hidden, weight, labels = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(labels)
     compute_dtype = jnp.dtype(hidden.dtype if compute_dtype is None else compute_dtype)
-    _check_operands(hidden, weight, labels)
-    _check_dtypes(compute_dtype, jnp.dtype(accum_dtype))
-    _check_options(num_chunks, reduction, normalizer)
-    vocab_size, num_tokens = weight.shape[0], labels.size
-    choice = dispatch.choose_implementation(implementation, compute_dtype=compute_dtype)
-
-    labels = labels.reshape(num_tokens)
-    hidden = hidden.reshape(num_tokens, hidden.shape[-1])
-    if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
-        num_tokens, labels, hidden = 1, jnp.full(1, ignore_index), jnp.pad(hidden, ((0, 1), (0, 0)))
+    checks.check_operands(hidden, weight, labels, weight_layout)
+    checks.check_dtypes(compute_dtype, jnp.dtype(accum_dtype))
+    checks.check_num_chunks(num_chunks)
+    checks.check_reduction(reduction, normalizer)
+    vocab_dim = weight_layout.index("v")
+    if isinstance(logit_scale, jax.core.Tracer):
+        hidden, logit_scale = _scaled(hidden, logit_scale), 1.0
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        checks.check_bias(bias, weight.shape[vocab_dim])
     statistics_dtype = jnp.promote_types(compute_dtype, jnp.float32)
-    row_labels, row_weight = _rows(labels, vocab_size, ignore_index, reduction, normalizer, statistics_dtype)
-    chunk_rows, chunks = split_rows(num_tokens, num_chunks)
-    if chunks != num_chunks and labels.size > 1 and choice.implementation != "reference":
-        _logger.warning("num_chunks=%d for %d tokens: using %d of %d", num_chunks, num_tokens, chunks, chunk_rows)
-    dispatch.log_choice(choice, chunk_rows, chunks)
-    if choice.implementation == "reference":
-        return reference.weighted_loss(hidden, weight, row_labels, row_weight)
-    if compute_dtype == jnp.float64:
-        accum_dtype = jnp.promote_types(accum_dtype, compute_dtype)
-    config = chunked.ChunkedConfig(
-        chunk_rows=chunk_rows,
-        row_kernels=dispatch.row_kernels(choice.implementation),
-        compute_dtype=compute_dtype,
-        accum_dtype=jnp.promote_types(accum_dtype, jnp.float64)
-        if compute_dtype == jnp.float64
-        else jnp.dtype(accum_dtype),
+    if token_weights is not None:
+        token_weights = jnp.asarray(token_weights)
+        checks.check_token_weights(token_weights, labels)
+        token_weights = token_weights.astype(statistics_dtype)
+    placement = sharding.place(token_axis, vocab_axis, hidden, weight, labels, vocab_dim)
+    vocab_size = weight.shape[vocab_dim] * sharding.slices(placement)
+    checks.check_label_values(given_labels, vocab_size, ignore_index)
+    options = RowOptions(
+        vocab_size=vocab_size,
+        logit_scale=checks.scale_in_range(logit_scale),
+        softcap=checks.softcap_in_range(logit_softcap),
+        label_smoothing=checks.smoothing_in_range(label_smoothing),
+        z_loss=checks.z_loss_in_range(z_loss),
+        metrics=with_metrics,
     )
-    return chunked.weighted_loss(config, hidden, weight, row_labels, row_weight)
+    choice = dispatch.choose_implementation(implementation, compute_dtype=compute_dtype)
+    dispatch.check_placement(choice, placement)
+    if compute_dtype == jnp.float64:
+        accum_dtype = jnp.promote_types(accum_dtype, jnp.float64)
+    settings = _Settings(
+        num_chunks, choice, ignore_index, reduction, options, vocab_dim, compute_dtype, jnp.dtype(accum_dtype)
+    )
+    operands = Operands(
+        hidden, weight, labels, bias, token_weights, None if normalizer is None else jnp.asarray(normalizer)
+    )
+    loss, metrics = _loss(operands, settings, placement)
+    return (loss, undifferentiable(metrics)) if with_metrics else loss
+
+
+def token_log_probs(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"],
+    labels: Int[Array, "*batch"],
+    *,
+    num_chunks: int = 1,
+    implementation: str | None = None,
+    ignore_index: int = -100,
+    bias: Float[Array, " V"] | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: ArrayLike = 1.0,
+    weight_layout: str = "vd",
+    compute_dtype: DTypeLike | None = None,
+    accum_dtype: DTypeLike = jnp.float32,
+    token_axis: AxisNames = None,
+    vocab_axis: AxisNames = None,
+) -> Float[Array, "*batch"]:
+    """Log-probability of each label, `log softmax(logits)[label]`, computed in token chunks; for distillation and RL.
+
+    Never positive, 0 where the label is `ignore_index`. Differentiable like `lm_head_loss` with reduction "none", which
+    it is the negative of (the logits are computed again in the backward pass). Arguments and errors are those of
+    `lm_head_loss`; the temperature is `1 / logit_scale`.
+    """
+    losses = lm_head_loss(
+        hidden,
+        weight,
+        labels,
+        num_chunks=num_chunks,
+        implementation=implementation,
+        ignore_index=ignore_index,
+        reduction="none",
+        bias=bias,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        weight_layout=weight_layout,
+        compute_dtype=compute_dtype,
+        accum_dtype=accum_dtype,
+        token_axis=token_axis,
+        vocab_axis=vocab_axis,
+    )
+    return 0 - losses  # not -losses: the log-probability of a certain or ignored label is 0, and not -0
 
 
 def split_rows(num_tokens: int, num_chunks: int) -> tuple[int, int]:
@@ -115,103 +211,127 @@ def split_rows(num_tokens: int, num_chunks: int) -> tuple[int, int]:
     return chunk_rows, -(-num_tokens // chunk_rows)
 
 
+class Operands(NamedTuple):
+    """The arrays of a call, checked."""
+
+    hidden: Float[Array, "*batch D"]
+    weight: Float[Array, "V D"]
+    labels: Int[Array, "*batch"]
+    bias: Float[Array, " V"] | None
+    token_weights: Float[Array, "*batch"] | None
+    normalizer: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What is fixed when a call is traced, checked."""
+
+    num_chunks: int
+    choice: dispatch.Choice
+    ignore_index: int
+    reduction: str
+    row_options: RowOptions
+    vocab_dim: int
+    compute_dtype: jnp.dtype
+    accum_dtype: jnp.dtype
+
+
+def _loss(operands: Operands, settings: _Settings, placement: Placement) -> tuple[Array, LMHeadMetrics | None]:
+    if placement.mesh is None:
+        return _loss_here(operands, settings, placement)
+    return _loss_over_mesh(operands, settings, placement)
+
+
+# Jitted here, or a call outside of jit would trace and compile anew every time.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _loss_over_mesh(
+    operands: Operands, settings: _Settings, placement: Placement
+) -> tuple[Array, LMHeadMetrics | None]:
+    return sharding.over_mesh(
+        lambda local: _loss_here(local, settings, placement),
+        placement,
+        operands,
+        settings.vocab_dim,
+        per_token=settings.reduction == "none",
+    )
+
+
+def _loss_here(operands: Operands, settings: _Settings, placement: Placement) -> tuple[Array, LMHeadMetrics | None]:
+    """The loss of this device's tokens, combined with that of the others where mesh axes are named."""
+    hidden, weight, labels, bias, token_weights, normalizer = operands
+    shape, num_tokens = labels.shape, labels.size
+    labels, hidden = labels.reshape(num_tokens), hidden.reshape(num_tokens, hidden.shape[-1])
+    if token_weights is not None:
+        token_weights = token_weights.reshape(num_tokens)
+    if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
+        labels, hidden = jnp.full(1, settings.ignore_index), jnp.pad(hidden, ((0, 1), (0, 0)))
+        token_weights = None if token_weights is None else jnp.pad(token_weights, (0, 1))
+    row_labels, row_weight = _rows(labels, token_weights, normalizer, settings, placement.token_axes)
+    chunk_rows, chunks = split_rows(labels.size, settings.num_chunks)
+    implementation = settings.choice.implementation
+    if chunks != settings.num_chunks and num_tokens and implementation != "reference":
+        _logger.warning(
+            "num_chunks=%d for %d tokens: using %d of %d", settings.num_chunks, num_tokens, chunks, chunk_rows
+        )
+    dispatch.log_choice(settings.choice, chunk_rows, chunks)
+    if implementation == "reference":
+        by_rows = weight if settings.vocab_dim == 0 else weight.T
+        loss, results = reference.token_losses(hidden, by_rows, bias, row_labels, row_weight, settings.row_options)
+        loss = loss if settings.reduction == "none" else jnp.sum(loss)
+    else:
+        config = chunked.ChunkedConfig(
+            chunk_rows=chunk_rows,
+            row_kernels=dispatch.row_kernels(implementation),
+            row_options=settings.row_options,
+            weighted=token_weights is not None,
+            vocab_dim=settings.vocab_dim,
+            compute_dtype=settings.compute_dtype,
+            accum_dtype=settings.accum_dtype,
+            token_axes=placement.token_axes,
+            vocab_axes=placement.vocab_axes,
+        )
+        run = chunked.token_losses if settings.reduction == "none" else chunked.weighted_loss
+        loss, results = run(config, hidden, weight, bias, row_labels, row_weight)
+    metrics = None
+    if settings.row_options.metrics:
+        valid = row_labels >= 0 if token_weights is None else (row_labels >= 0) & (token_weights != 0)
+        metrics = metrics_of(results, valid, settings.row_options.z_loss, placement.token_axes)
+    return loss[:num_tokens].reshape(shape) if settings.reduction == "none" else loss, metrics
+
+
 def _rows(
     labels: Array,
-    vocab_size: int,
-    ignore_index: int,
-    reduction: str,
-    normalizer: ArrayLike | None,
-    dtype: DTypeLike,
+    token_weights: Array | None,
+    normalizer: Array | None,
+    settings: _Settings,
+    token_axes: tuple[str, ...],
 ) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
     """Every row's label, -1 where it is ignored, and its weight in the sum, NaN where the label is out of range."""
     if labels.dtype.itemsize < 4:
         labels = labels.astype(jnp.int32)
     # Compared as they came: narrowed first, 2^32 + 5 would be label 5, and a large unsigned one might be ignore_index.
     limits = jnp.iinfo(labels.dtype)
-    valid = labels != ignore_index if limits.min <= ignore_index <= limits.max else jnp.ones(labels.shape, bool)
-    in_range = (labels >= 0) & (labels < vocab_size)
+    known = limits.min <= settings.ignore_index <= limits.max
+    valid = labels != settings.ignore_index if known else jnp.ones(labels.shape, bool)
+    in_range = (labels >= 0) & (labels < settings.row_options.vocab_size)
     labels = labels.astype(jnp.int32)
-    if reduction == "sum":
-        scale = jnp.ones((), dtype)
-    else:
-        count = jnp.sum(valid).astype(dtype) if normalizer is None else jnp.asarray(normalizer, dtype)
-        scale = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
+    dtype = jnp.promote_types(settings.compute_dtype, jnp.float32)
+    row_weight = jnp.ones((), dtype)
+    if settings.reduction == "mean":
+        if normalizer is not None:
+            count = normalizer.astype(dtype)
+        else:
+            count = jnp.sum(valid if token_weights is None else jnp.where(valid, token_weights, 0)).astype(dtype)
+            count = lax.psum(count, token_axes) if token_axes else count
+        row_weight = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
+    if token_weights is not None:
+        row_weight = row_weight * token_weights
     row_labels = jnp.where(valid, jnp.where(in_range, labels, 0), -1)
-    row_weight = jnp.where(valid, jnp.where(in_range, scale, jnp.nan), 0.0)
+    row_weight = jnp.where(valid, jnp.where(in_range, row_weight, jnp.nan), 0.0)
     return row_labels, row_weight
 
 
-def _check_operands(hidden: Array, weight: Array, labels: Array) -> None:
-    for name, array in (("hidden", hidden), ("weight", weight)):
-        if array.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
-            raise TypeError(
-                f"{name} has dtype {array.dtype}; it must be bfloat16, float32 or float64 "
-                "(the gradients of a mean over many tokens underflow in float16)"
-            )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels have dtype {labels.dtype}; they must be integer token ids")
-    if hidden.ndim < 1 or weight.ndim != 2:
-        raise ValueError(f"hidden has shape {hidden.shape} and weight {weight.shape}; they must be [..., D] and [V, D]")
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden has shape {hidden.shape} and weight {weight.shape}: the last dimensions must be equal "
-            "(weight is [V, D], one row for each vocabulary entry)"
-        )
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels have shape {labels.shape}; for hidden {hidden.shape} they must be {hidden.shape[:-1]}"
-        )
-    if weight.shape[0] < 1:
-        raise ValueError(f"weight has shape {weight.shape}; the vocabulary must have at least one entry")
-
-
-def _check_dtypes(compute_dtype: jnp.dtype, accum_dtype: jnp.dtype) -> None:
-    if compute_dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
-        raise TypeError(f"compute_dtype is {compute_dtype}; it must be bfloat16, float32 or float64")
-    if not jnp.issubdtype(accum_dtype, jnp.floating):
-        raise TypeError(f"accum_dtype is {accum_dtype}; it must be floating point")
-
-
-def _check_options(num_chunks: int, reduction: str, normalizer: ArrayLike | None) -> None:
-    if isinstance(num_chunks, bool) or not isinstance(num_chunks, int | np.integer):
-        raise TypeError(f"num_chunks is {num_chunks!r}; it must be a Python int (it shapes the program)")
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks is {num_chunks}; it must be at least 1")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"normalizer is given with reduction={reduction!r}; it belongs to 'mean'")
-        _check_normalizer(normalizer)
-
-
-def _check_normalizer(normalizer: ArrayLike) -> None:
-    value = normalizer if isinstance(normalizer, Array) else np.asarray(normalizer)
-    if value.ndim != 0:
-        raise ValueError(f"normalizer has shape {value.shape}; it must be a scalar")
-    real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
-    if not real or (not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < np.inf):
-        raise ValueError(f"normalizer is {normalizer}; it must be a finite number that is not negative")
-
-
-def _check_label_values(labels: ArrayLike, weight: ArrayLike, ignore_index: int) -> None:
-    """Checks labels whose values are known, before JAX narrows them to int32.
-
-    Where a program is traced they are not known; a bad label turns the loss into NaN instead (`_rows`).
-    """
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | np.integer):
-        raise TypeError(
-            f"ignore_index is {ignore_index!r}; it must be a Python int (-100 where no label is to be ignored)"
-        )
-    unknown = isinstance(labels, jax.core.Tracer) or (isinstance(labels, Array) and not labels.is_fully_addressable)
-    if unknown or jnp.ndim(weight) != 2 or not jnp.shape(weight)[0]:
-        return
-    values, vocab_size = np.asarray(labels), jnp.shape(weight)[0]
-    if values.dtype.kind not in "iu":
-        return  # refused by its dtype
-    bad = values[(values != ignore_index) & ((values < 0) | (values >= vocab_size))]
-    if bad.size:
-        raise ValueError(
-            f"labels hold {bad.size} values outside [0, {vocab_size}), the first is {bad.flat[0]}; "
-            f"mark tokens to leave out with ignore_index ({ignore_index})"
-        )
+def _scaled(hidden: Array, logit_scale: Array) -> Array:
+    if logit_scale.ndim != 0:
+        raise ValueError(f"logit_scale has shape {logit_scale.shape}; it must be a scalar")
+    return hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)) * logit_scale

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxchunk.lm_head.chunked import RowKernels
 from jaxchunk.lm_head.kernels import xla
+from jaxchunk.lm_head.sharding import Placement
 
 Implementation = Literal["reference", "xla", "pallas", "pallas_interpret"]
 
@@ -61,7 +62,7 @@ def choose_implementation(
 def row_kernels(implementation: Implementation) -> RowKernels:
     """The row kernels of a chunked implementation; the same objects every time, so that jit caches hold."""
     if implementation == "xla":
-        return RowKernels(xla.losses, xla.losses_and_gradients)
+        return RowKernels(xla.statistics, xla.gradients, xla.statistics_and_gradients)
     return _triton_kernels(interpret=implementation == "pallas_interpret")
 
 
@@ -70,9 +71,26 @@ def _triton_kernels(interpret: bool) -> RowKernels:
     from jaxchunk.lm_head.kernels import triton  # imported on demand: JAX may one day come without it
 
     return RowKernels(
-        functools.partial(triton.losses, interpret=interpret),
-        functools.partial(triton.losses_and_gradients, interpret=interpret),
+        functools.partial(triton.statistics, interpret=interpret),
+        functools.partial(triton.gradients, interpret=interpret),
+        functools.partial(triton.statistics_and_gradients, interpret=interpret),
     )
+
+
+def check_placement(choice: Choice, placement: Placement) -> None:
+    """Refuses implementations that cannot run on a mesh.
+
+    Raises:
+      ValueError: the implementation is "reference" on named axes, or "pallas_interpret" inside of `jax.shard_map`.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if choice.implementation == "reference" and (placement.token_axes or placement.vocab_axes):
+        raise ValueError("implementation='reference' cannot run: it knows no mesh axes; use 'xla', or None to choose")
+    if choice.implementation == "pallas_interpret" and (placement.mesh is not None or manual):
+        raise ValueError(
+            "implementation='pallas_interpret' cannot run: JAX's Pallas interpreter does not work inside of "
+            "jax.shard_map; use 'xla', or None to choose"
+        )
 
 
 def default_platform() -> str:

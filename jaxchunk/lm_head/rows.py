@@ -3,53 +3,198 @@
 Softmax cross-entropy of a row z with label y, written so that nothing cancels. The label's own column is kept
 out of the row statistics:
 
-    m = max_{j != y} z_j          n = sum_{j != y} exp(z_j - m)          a = z_y - m
+    m = max_{j != y} z_j          n = sum_{j != y} exp(z_j - m)          a = z_y - m          s = n + e^a
 
-    loss            = logaddexp(log n, a) - a              never negative
-    dloss/dz_j      = exp(z_j - m) / (n + e^a)             j != y
-    dloss/dz_y      = -n / (n + e^a)                       and not softmax_y - 1, which cancels for confident labels
+    lse - z_y       = logaddexp(log n, a) - a              never negative
+    softmax_j       = exp(z_j - m) / s                     j != y
+    softmax_y - 1   = -n / s                               and never as that difference, which cancels
 
 A softmax that includes the label loses the gradient of a row whose label stands 17 nats above the rest (fp32);
 this form keeps it to the last bit up to 87 nats (beyond, exp(-a) is 0 in fp32), for the same number of passes.
+docs/loss.md derives what the options add.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+_LARGE_SOFTCAP = 100.0  # beyond, an error of 1e-7 c is no longer small
 
 
-class RowCoefficients(NamedTuple):
-    """What turns a row of logits into its loss and gradient; every field has the rows' shape.
+@dataclasses.dataclass(frozen=True)
+class RowOptions:
+    """What is done to a row and asked of it, fixed when the loss is traced.
 
-    The gradient of `row_weight * loss` is `exp(z_j - shift) * factor` off the label and `label_gradient` on it.
+    Attributes:
+      vocab_size: V, columns of the whole row (a kernel may hold only some of them).
+      logit_scale: k, positive.
+      softcap: c, positive, or None.
+      label_smoothing: eps in [0, 1).
+      z_loss: zeta, not negative.
+      metrics: whether `RowResults.correct` and `RowResults.entropy` are wanted.
+    """
+
+    vocab_size: int
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    metrics: bool = False
+
+
+class RowStatistics(NamedTuple):
+    """What one pass over a row of logits z leaves behind; every field has the rows' shape.
+
+    Attributes:
+      m: largest logit among the columns that are not the label's (at least `initial_max`); without metrics it may be
+        larger than that, as long as n is at least 1.
+      n: sum of exp(z_j - m) over them; at least 1, or 0 where there is none.
+      z_y: the label's logit; 0 in a row whose label is not among the columns.
+      z_sum: sum of all logits, with label smoothing only.
+      q: sum of exp(z_j - m) * (z_j - m) over the columns that are not the label's, for the metrics only.
+    """
+
+    m: Array
+    n: Array
+    z_y: Array
+    z_sum: Array | None = None
+    q: Array | None = None
+
+
+class RowResults(NamedTuple):
+    """What is known of rows in the end; every field has the rows' shape.
+
+    Attributes:
+      loss: with smoothing and z-loss.
+      lse: log-sum-exp of the logits.
+      correct: bool, whether no logit is larger than the label's; None if not wanted.
+      entropy: of the softmax, in nats; None if not wanted.
     """
 
     loss: Array
+    lse: Array
+    correct: Array | None
+    entropy: Array | None
+
+
+class RowCoefficients(NamedTuple):
+    """What turns logits into the gradient of `row_weight * loss` with respect to what the GEMM wrote.
+
+    It is `slope_j * (exp(z_j - shift) * factor - uniform)` off the label and `slope_y * label_gradient` on it, where
+    `slope` is the softcap's derivative (`transformed`) and `uniform` is None without label smoothing.
+    """
+
     shift: Array
     factor: Array
     label_gradient: Array
+    uniform: Array | None
 
 
-def initial_max(dtype: jnp.dtype) -> float:
+def initial_max(dtype: Any) -> float:
     """A finite stand-in for -inf, so that `z - m` stays defined in a row without any column but the label's."""
     return float(jnp.finfo(dtype).min) / 2
 
 
-def coefficients(m: Array, n: Array, z_y: Array, row_weight: Array) -> RowCoefficients:
-    """Loss and gradient coefficients of rows from the statistics of their columns other than the label's.
+class Math(NamedTuple):
+    """The special functions of a kernel, as exact as the logits that it reads deserve.
+
+    Attributes:
+      exp: the exponential.
+      sigmoid: the logistic function, for a softcap by 2 sigmoid(2 u) - 1; None for one by tanh, right to the last
+        digits also near 0, with a slope that is right also where the tanh is near 1. Where logits were stored in
+        bfloat16, absolute errors of 1e-7 in both vanish beside their rounding.
+    """
+
+    exp: Callable[[Array], Array]
+    sigmoid: Callable[[Array], Array] | None
+
+
+EXACT = Math(jnp.exp, None)
+
+
+def transformed(raw: Array, bias: Array | None, options: RowOptions, math: Math) -> tuple[Array, Array | None]:
+    """Logits `z = c tanh((k raw + bias) / c)` from what the GEMM wrote, and the softcap's slope (None without one).
 
     Args:
-      m: largest logit among the other columns (at least `initial_max`).
-      n: sum of exp(z_j - m) over the other columns; at least 1, or 0 where there is no other column.
-      z_y: the label's logit.
-      row_weight: factor on the row's loss.
+      raw: GEMM output, converted to the dtype of the statistics.
+      bias: in that dtype, or None.
+      options: scale k and softcap c.
+      math: special functions.
     """
-    a = z_y - m
-    scale = jnp.maximum(a, 0.0)  # whichever of e^a and n dominates is scaled to 1 or more: no overflow
-    n_scaled = n * jnp.exp(-scale)
-    label_scaled = jnp.exp(a - scale)
-    s = n_scaled + label_scaled
-    # One of the two is exact: label_scaled == 1 where the label leads, n >= 1 where it does not.
-    loss = jnp.log1p(n_scaled + (label_scaled - 1.0)) + (scale - a)
-    return RowCoefficients(loss, m + scale, row_weight / s, -row_weight * (n_scaled / s))
+    u = raw if options.logit_scale == 1.0 else raw * options.logit_scale
+    if bias is not None:
+        u = u + bias
+    if options.softcap is None:
+        return u, None
+    if math.sigmoid is None or options.softcap > _LARGE_SOFTCAP:
+        e = jnp.exp(jnp.abs(u) * (-2.0 / options.softcap))  # 1 - t^2 would cancel where t is near 1
+        return options.softcap * jnp.tanh(u / options.softcap), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    sigmoid = math.sigmoid(u * (2.0 / options.softcap))
+    return sigmoid * (2.0 * options.softcap) - options.softcap, 4.0 * sigmoid * (1.0 - sigmoid)
+
+
+def combined(statistics: RowStatistics, axis_names: tuple[str, ...]) -> RowStatistics:
+    """Statistics of whole rows from those of their slices over mesh axes: one pmax, one psum."""
+    m = lax.pmax(statistics.m, axis_names)
+    fall = statistics.m - m
+    ratio = jnp.exp(fall)
+    parts = statistics._replace(n=statistics.n * ratio)
+    if statistics.q is not None:
+        parts = parts._replace(q=(statistics.q + statistics.n * fall) * ratio)
+    return RowStatistics(m, *lax.psum(tuple(parts)[1:], axis_names))
+
+
+class _Scaled(NamedTuple):
+    """Statistics scaled by e^-scale, so that the larger of n and e^a is 1 or more: no overflow."""
+
+    scale: Array
+    n: Array
+    label: Array
+    s: Array
+    log_s: Array
+
+
+def _scaled(statistics: RowStatistics) -> _Scaled:
+    a = statistics.z_y - statistics.m
+    scale = jnp.maximum(a, 0.0)
+    n, label = statistics.n * jnp.exp(-scale), jnp.exp(a - scale)
+    # One of the two is exact: label == 1 where the label leads, n >= 1 where it does not.
+    return _Scaled(scale, n, label, n + label, jnp.log1p(n + (label - 1.0)))
+
+
+def results(statistics: RowStatistics, options: RowOptions) -> RowResults:
+    """Losses of rows and what the metrics need."""
+    row = _scaled(statistics)
+    lse = statistics.m + row.scale + row.log_s
+    cross_entropy = row.log_s + (row.scale - (statistics.z_y - statistics.m))
+    loss = cross_entropy
+    if statistics.z_sum is not None:
+        loss = loss + options.label_smoothing * (statistics.z_y - statistics.z_sum / options.vocab_size)
+    if options.z_loss:
+        loss = loss + options.z_loss * lse**2
+    correct = entropy = None
+    if statistics.q is not None:
+        correct = statistics.z_y >= statistics.m  # sum_j p_j (lse - z_j): no term is negative
+        others = row.n * (row.scale + row.log_s) - statistics.q * jnp.exp(-row.scale)
+        entropy = (row.label * cross_entropy + others) / row.s
+    return RowResults(loss, lse, correct, entropy)
+
+
+def coefficients(statistics: RowStatistics, row_weight: Array, options: RowOptions) -> RowCoefficients:
+    """Gradient coefficients of rows whose loss is multiplied by `row_weight`."""
+    row = _scaled(statistics)
+    shift = statistics.m + row.scale
+    weight = row_weight if options.logit_scale == 1.0 else row_weight * options.logit_scale
+    over_s = weight / row.s
+    factor, label_gradient, uniform = over_s, -weight * (row.n / row.s), None
+    if options.z_loss:
+        pull = 2.0 * options.z_loss * (shift + row.log_s)
+        factor = factor + over_s * pull
+        label_gradient = label_gradient + over_s * row.label * pull
+    if options.label_smoothing:
+        uniform = weight * (options.label_smoothing / options.vocab_size)
+        label_gradient = label_gradient + weight * (options.label_smoothing * (1.0 - 1.0 / options.vocab_size))
+    return RowCoefficients(shift, factor, label_gradient, uniform)

@@ -1,5 +1,6 @@
 """What the compiler makes of the loss: GEMM count, the loop, memory, and lowering for a GPU that is not here."""
 
+import functools
 import itertools
 import re
 
@@ -11,7 +12,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxchunk import lm_head_loss
+from jaxchunk.lm_head import rows
 from jaxchunk.lm_head.kernels import triton, xla
+from jaxchunk.lm_head.rows import RowOptions, RowStatistics
 
 T, D, V = 512, 64, 4096
 X, W, Y = (
@@ -116,17 +119,24 @@ def test_the_row_kernel_is_right_in_place(V, block):
     """The interpreter gives the kernel separate buffers; on a GPU the gradient is written over the logits."""
     logits = jax.random.normal(jax.random.key(0), (6, V))
     labels = jnp.array([0, V - 1, -1, block - 1, V - block, block // 2])
+    options = RowOptions(V, softcap=5.0)
+    config = triton.RowKernelConfig(block=block)
+    kernel = functools.partial(
+        triton._both_passes_kernel, row=triton._Row.of(V, config, options, has_bias=False, interpret=True)
+    )
 
-    def in_place(z_ref, y_ref, w_ref, loss_ref, dz_ref):
+    def in_place(z_ref, y_ref, w_ref, m_ref, n_ref, z_y_ref, dz_ref):
         dz_ref[...] = z_ref[...]
-        triton._row_kernel(dz_ref, y_ref, w_ref, loss_ref, dz_ref, num_columns=V, block=block, reverse=True)
+        kernel(dz_ref, y_ref, w_ref, m_ref, n_ref, z_y_ref, dz_ref)
 
     per_row, row = pl.BlockSpec((1,), lambda t: (t,)), pl.BlockSpec((None, V), lambda t: (t, 0))
-    shapes = [jax.ShapeDtypeStruct((6,), jnp.float32), jax.ShapeDtypeStruct((6, V), jnp.float32)]
-    specs = {"in_specs": [row, per_row, per_row], "out_specs": [per_row, row]}
+    shapes = [*[jax.ShapeDtypeStruct((6,), jnp.float32)] * 3, jax.ShapeDtypeStruct((6, V), jnp.float32)]
+    specs = {"in_specs": [row, per_row, per_row], "out_specs": [per_row, per_row, per_row, row]}
     ours = pl.pallas_call(in_place, grid=(6,), out_shape=shapes, interpret=True, **specs)(logits, labels, jnp.ones(6))
-    for value, expected in zip(ours, xla.losses_and_gradients(logits, labels, jnp.ones(6)), strict=True):
-        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    statistics, gradients = xla.statistics_and_gradients(logits, labels, jnp.ones(6), None, options)
+    expected = rows.results(statistics, options).loss, gradients
+    for value, wanted in zip((rows.results(RowStatistics(*ours[:3]), options).loss, ours[3]), expected, strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_stay_a_loop_and_one_chunk_has_none():
@@ -183,6 +193,33 @@ def test_pallas_lowers_for_cuda_without_a_gpu(device_kind, vocab_size, dtype, nu
     assert text.count("stablehlo.dot_general") == 3
     assert text.count("__gpu$xla.gpu.triton") == 1
     assert "output_operand_alias" in text  # dlogits take the place of the logits
+
+
+OPTION_SETS = {
+    "all": {"logit_softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1, "logit_scale": 0.5, "with_metrics": True},
+    "bounded": {"logit_softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1},
+    "per token": {"logit_softcap": 50.0, "reduction": "none"},
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTION_SETS.keys())
+def test_every_option_lowers_for_cuda_without_a_gpu(options, dtype):
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    shapes, dtypes = ((512, 64), (1187, 64), (512,), (1187,)), (dtype, dtype, "int32", "float32")
+    operands = tuple(jax.ShapeDtypeStruct(shape, t) for shape, t in zip(shapes, dtypes, strict=True))
+
+    def loss(hidden, weight, labels, bias):
+        result = lm_head_loss(hidden, weight, labels, bias=bias, num_chunks=2, **options)
+        loss, aux = result if options.get("with_metrics") else (result, None)
+        return jnp.sum(loss), aux
+
+    gradients = jax.value_and_grad(loss, (0, 1, 3), has_aux=True)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        text = jax.jit(gradients).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    per_token = options.get("reduction") == "none"
+    assert text.count("stablehlo.dot_general") == (4 if per_token else 3)
+    assert text.count("__gpu$xla.gpu.triton") == (2 if per_token else 1)
 
 
 @pytest.mark.gpu

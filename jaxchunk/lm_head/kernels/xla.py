@@ -1,4 +1,4 @@
-"""Row kernel in plain jnp: runs wherever XLA does."""
+"""Row kernels in plain jnp: they run wherever XLA does."""
 
 import jax
 import jax.numpy as jnp
@@ -6,30 +6,64 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
+from jaxchunk.lm_head.rows import RowCoefficients, RowOptions, RowStatistics
 
 
-def losses(logits: Float[Array, "C V"], labels: Int[Array, " C"]) -> Float[Array, " C"]:
-    """Cross-entropy of every row."""
-    z, _, statistics = _statistics(logits, labels)
-    return rows.coefficients(*statistics, jnp.ones_like(labels, z.dtype)).loss
-
-
-def losses_and_gradients(
-    logits: Float[Array, "C V"], labels: Int[Array, " C"], row_weight: Float[Array, " C"]
-) -> tuple[Float[Array, " C"], Float[Array, "C V"]]:
-    """Cross-entropy of every row, and the gradient of `row_weight * loss` with respect to the logits."""
-    z, is_label, statistics = _statistics(logits, labels)
-    row = rows.coefficients(*statistics, row_weight)
-    softmax = jnp.exp(z - row.shift[:, None]) * row.factor[:, None]
-    dlogits = jnp.where(is_label, row.label_gradient[:, None], softmax)
-    return row.loss, dlogits.astype(logits.dtype)
-
-
-def _statistics(logits: Array, labels: Array) -> tuple[Array, Array, tuple[Array, Array, Array]]:
-    z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    is_label = jax.lax.broadcasted_iota(labels.dtype, z.shape, 1) == labels[:, None]
+def statistics(
+    raw: Float[Array, "C V"], labels: Int[Array, " C"], bias: Float[Array, " V"] | None, options: RowOptions
+) -> RowStatistics:
+    """Statistics of every row."""
+    z, _ = _transformed(raw, bias, options)
+    is_label = _is_label(raw, labels)
     others = jnp.where(is_label, -jnp.inf, z)
     m = jnp.max(others, axis=1, initial=rows.initial_max(z.dtype))
-    n = jnp.sum(jnp.exp(others - m[:, None]), axis=1)
+    e = jnp.exp(others - m[:, None])
     z_y = jnp.take_along_axis(z, jnp.maximum(labels, 0)[:, None], axis=1, mode="clip")[:, 0]
-    return z, is_label, (m, n, z_y)
+    return RowStatistics(
+        m=m,
+        n=jnp.sum(e, axis=1),
+        z_y=jnp.where(labels >= 0, z_y, 0),
+        z_sum=jnp.sum(z, axis=1) if options.label_smoothing else None,
+        q=jnp.sum(jnp.where(e > 0, e * (others - m[:, None]), 0), axis=1) if options.metrics else None,
+    )
+
+
+def gradients(
+    raw: Float[Array, "C V"],
+    labels: Int[Array, " C"],
+    bias: Float[Array, " V"] | None,
+    coefficients: RowCoefficients,
+    options: RowOptions,
+) -> Float[Array, "C V"]:
+    """Gradient of every row's weighted loss with respect to `raw`."""
+    z, slope = _transformed(raw, bias, options)
+    gradient = jnp.exp(z - coefficients.shift[:, None]) * coefficients.factor[:, None]
+    if coefficients.uniform is not None:
+        gradient = gradient - coefficients.uniform[:, None]
+    gradient = jnp.where(_is_label(raw, labels), coefficients.label_gradient[:, None], gradient)
+    if slope is not None:
+        gradient = gradient * slope
+    return gradient.astype(raw.dtype)
+
+
+def statistics_and_gradients(
+    raw: Float[Array, "C V"],
+    labels: Int[Array, " C"],
+    row_weight: Float[Array, " C"],
+    bias: Float[Array, " V"] | None,
+    options: RowOptions,
+) -> tuple[RowStatistics, Float[Array, "C V"]]:
+    """Both, where nothing has to happen between them."""
+    row = statistics(raw, labels, bias, options)
+    return row, gradients(raw, labels, bias, rows.coefficients(row, row_weight, options), options)
+
+
+def _transformed(raw: Array, bias: Array | None, options: RowOptions) -> tuple[Array, Array | None]:
+    z = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
+    bias = None if bias is None else bias.astype(z.dtype)[None, :]
+    math = rows.EXACT if raw.dtype.itemsize >= 4 else rows.Math(jnp.exp, jax.nn.sigmoid)
+    return rows.transformed(z, bias, options, math)
+
+
+def _is_label(raw: Array, labels: Array) -> Array:
+    return jax.lax.broadcasted_iota(labels.dtype, raw.shape, 1) == labels[:, None]
