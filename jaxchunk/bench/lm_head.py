@@ -1,6 +1,7 @@
 """The LM-head benchmark: forward and backward of every implementation beside its floor, the three bare GEMMs."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
@@ -23,6 +25,14 @@ from jaxchunk.telemetry import open_monitor
 
 _logger = logging.getLogger("jaxchunk")
 AUTODIFF = "autodiff"
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "options": {"logit_softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1},  # and token_weights
+    "metrics": {"with_metrics": True},
+    "bias": {},
+    "dv": {"weight_layout": "dv"},
+    "per_token": {"reduction": "none"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +49,11 @@ class LMHeadBenchConfig:
     """Chunk counts to measure."""
     implementations: tuple[str, ...] = ("xla",)
     """Implementations to measure."""
+    cases: tuple[str, ...] = ("plain",)
+    """How the loss is called: plain; options (softcap, z-loss, smoothing and token weights at once); metrics; bias
+    (with its gradient); dv (a weight [D, V]); per_token (reduction "none"). Cases are compared with plain."""
+    vocab_devices: int = 1
+    """More than 1: also measure the plain case with the vocabulary sharded over so many GPUs."""
     dtype: str = "float32"
     """Dtype of the hidden states and of the computation; the weight is float32, as a trainer's master copy."""
     repeats: int = 5
@@ -56,7 +71,7 @@ class LMHeadBenchConfig:
 def default_config(platform: str) -> LMHeadBenchConfig:
     """The paper's training shape (Qwen2-0.5B, 64 x 1024 tokens) on a GPU, the tiny model's on a CPU."""
     if platform == "gpu":
-        return LMHeadBenchConfig(65536, 896, 151936, (1, 4, 8, 16), ("pallas", "xla"), "bfloat16")
+        return LMHeadBenchConfig(65536, 896, 151936, (1, 4, 8, 16), ("pallas", "xla"), dtype="bfloat16")
     return LMHeadBenchConfig(window_s=0.5)
 
 
@@ -73,6 +88,14 @@ def validate(config: LMHeadBenchConfig) -> None:
         raise InputError(f"--window_s is {config.window_s}; it must be greater than 0")
     if not config.chunks or min(config.chunks) < 1:
         raise InputError(f"--chunks is {' '.join(map(str, config.chunks))}; give counts of at least 1")
+    unknown = [case for case in config.cases if case not in CASES]
+    if unknown or not config.cases:
+        raise InputError(f"--cases is {' '.join(config.cases)}; choose from {', '.join(CASES)}")
+    if not 1 <= config.vocab_devices <= len(jax.devices()) or config.vocab % config.vocab_devices:
+        raise InputError(
+            f"--vocab_devices is {config.vocab_devices}; JAX sees {len(jax.devices())} device(s), and their number "
+            f"must divide --vocab {config.vocab}"
+        )
     if config.dtype not in ("bfloat16", "float32"):
         raise InputError(f"--dtype is {config.dtype}; it must be bfloat16 or float32")
     for implementation in config.implementations:
@@ -115,10 +138,17 @@ def run(config: LMHeadBenchConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled variant and the bytes of its temporaries (operands, loss and gradients not counted)."""
+    """A compiled variant.
+
+    Attributes:
+      variant: its name and its call.
+      temporary_bytes: of its temporaries on one device (operands, loss and gradients not counted).
+      plain: name of the plain variant that it is compared with, or None.
+    """
 
     variant: Variant
     temporary_bytes: int
+    plain: str | None = None
 
 
 def compile_variants(config: LMHeadBenchConfig, limit_bytes: int | None) -> Iterator[Program]:
@@ -128,14 +158,20 @@ def compile_variants(config: LMHeadBenchConfig, limit_bytes: int | None) -> Iter
     hidden = jax.random.normal(keys[0], (config.tokens, config.width), dtype)
     weight = 0.02 * jax.random.normal(keys[1], (config.vocab, config.width))
     labels = jax.random.randint(keys[2], (config.tokens,), 0, config.vocab)
-    functions = {AUTODIFF: jax.value_and_grad(unchunked_loss, (0, 1))}
+    operands = (hidden, weight, labels)
+    yield from _compile(FLOOR, three_gemms, (hidden, weight.astype(dtype)), limit_bytes)
+    yield from _compile(AUTODIFF, jax.value_and_grad(unchunked_loss, (0, 1)), operands, limit_bytes)
     for implementation in config.implementations:
         for num_chunks in config.chunks if implementation != "reference" else (1,):
-            name = f"{implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
-            functions[name] = jax.value_and_grad(_loss(implementation, num_chunks), (0, 1))
-    yield from _compile(FLOOR, three_gemms, (hidden, weight.astype(dtype)), limit_bytes)
-    for name, function in functions.items():
-        yield from _compile(name, function, (hidden, weight, labels), limit_bytes)
+            plain = f"{implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
+            fixed = {"implementation": implementation, "num_chunks": num_chunks}
+            for case in config.cases:
+                name = plain if case == "plain" else f"{plain}, {case}"
+                yield from _compile(name, *_case(case, operands, fixed), limit_bytes, plain)
+            if config.vocab_devices > 1:
+                sharded, placed = _over_devices(config.vocab_devices, operands, fixed)
+                name = f"{plain}, vocabulary over {config.vocab_devices} GPUs"
+                yield from _compile(name, sharded, placed, limit_bytes, plain)
 
 
 def three_gemms(hidden: Float[Array, "T D"], weight: Float[Array, "V D"]) -> tuple[Array, Array, Array]:
@@ -166,7 +202,7 @@ def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) 
         for field in ("time_s", "energy_j", "power_w", "power_w_std", "sm_clock_mhz"):
             values = [value for m in own if (value := getattr(m, field)) is not None]
             row[field] = bootstrap_median(values)._asdict() if values else None
-        for baseline, label in ((FLOOR, "floor"), (AUTODIFF, "autodiff")):
+        for baseline, label in ((FLOOR, "floor"), (AUTODIFF, "autodiff"), (program.plain or "", "plain")):
             for field, quantity in (("time_s", "time"), ("energy_j", "energy")):
                 relative = ratios(measurements, name, baseline, field)
                 row[f"{quantity}_over_{label}"] = bootstrap_median(relative)._asdict() if relative else None
@@ -180,8 +216,9 @@ def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The summary as a Markdown table; an interval is the 95% bootstrap interval of the median."""
     lines = [
-        "| variant | ms | time / GEMM floor | time / autodiff | J | energy / GEMM floor | W | temporaries, GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | ms | time / GEMM floor | time / autodiff | time / plain | J | energy / GEMM floor | W "
+        "| temporaries, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
@@ -189,6 +226,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             _cell(row["time_s"], 1e3, 2),
             _cell(row["time_over_floor"], 1, 3, interval=True),
             _cell(row["time_over_autodiff"], 1, 2),
+            _cell(row["time_over_plain"], 1, 3, interval=True),
             _cell(row["energy_j"], 1, 2),
             _cell(row["energy_over_floor"], 1, 3, interval=True),
             _cell(row["power_w"], 1, 0),
@@ -205,14 +243,45 @@ def _cell(value: dict[str, float] | None, scale: float, digits: int, *, interval
     return f"{median} ({value['low'] * scale:.{digits}f} to {value['high'] * scale:.{digits}f})" if interval else median
 
 
-def _loss(implementation: str, num_chunks: int) -> Any:
-    return lambda *operands: lm_head_loss(*operands, num_chunks=num_chunks, implementation=implementation)
+def _case(case: str, operands: tuple[Array, Array, Array], fixed: dict[str, Any]) -> tuple[Any, tuple[Array, ...]]:
+    """Value and gradients of a case as a function, and what it takes."""
+    hidden, weight, labels = operands
+    options, keys = fixed | CASES[case], jax.random.split(jax.random.key(1), 2)
+    if case == "options":
+        token_weights = jax.random.uniform(keys[0], labels.shape)
+        loss = lambda x, W, y, w: lm_head_loss(x, W, y, token_weights=w, **options)  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1)), (hidden, weight, labels, token_weights)
+    if case == "bias":
+        bias = jax.random.normal(keys[0], (weight.shape[0],))
+        loss = lambda x, W, y, b: lm_head_loss(x, W, y, bias=b, **options)  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1, 3)), (hidden, weight, labels, bias)
+    if case == "per_token":
+        cotangent = jax.random.normal(keys[0], labels.shape)
+        loss = lambda x, W, y, ct: jnp.sum(ct * lm_head_loss(x, W, y, **options))  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1)), (hidden, weight, labels, cotangent)
+    if case == "dv":
+        weight = weight.T.copy()
+    loss = functools.partial(lm_head_loss, **options)
+    return jax.value_and_grad(loss, (0, 1), has_aux=case == "metrics"), (hidden, weight, labels)
 
 
-def _compile(name: str, function: Any, arguments: tuple, limit_bytes: int | None) -> Iterator[Program]:
+def _over_devices(
+    num_devices: int, operands: tuple[Array, Array, Array], fixed: dict[str, Any]
+) -> tuple[Any, tuple[Array, ...]]:
+    """The plain case with the vocabulary sharded over devices and the tokens on each of them."""
+    mesh = jax.make_mesh((num_devices,), ("vocab",), axis_types=(AxisType.Explicit,))
+    specs = PartitionSpec(), PartitionSpec("vocab"), PartitionSpec()
+    placed = tuple(jax.device_put(o, NamedSharding(mesh, s)) for o, s in zip(operands, specs, strict=True))
+    return jax.value_and_grad(functools.partial(lm_head_loss, vocab_axis="vocab", **fixed), (0, 1)), placed
+
+
+def _compile(
+    name: str, function: Any, arguments: tuple, limit_bytes: int | None, plain: str | None = None
+) -> Iterator[Program]:
     compiled = compile_if_it_fits(lambda: jax.jit(function).lower(*arguments).compile(), limit_bytes)
     if isinstance(compiled, str):
         _logger.warning("%s is left out: %s", name, compiled)
     else:
         program, memory = compiled
-        yield Program(Variant(name, lambda: program(*arguments)), memory.temporary_bytes)
+        watched = len(arguments[0].sharding.device_set) == 1
+        yield Program(Variant(name, lambda: program(*arguments), watched), memory.temporary_bytes, plain)

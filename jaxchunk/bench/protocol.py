@@ -21,10 +21,17 @@ _TICK_TIMEOUT_S = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Something to measure: `call` dispatches the work once and returns arrays that are ready when it is done."""
+    """Something to measure.
+
+    Attributes:
+      name: of the variant.
+      call: dispatches the work once and returns arrays that are ready when it is done.
+      watched: whether all of its work is on the device that the monitor watches; if not, its energy is null.
+    """
 
     name: str
     call: Callable[[], Any]
+    watched: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +115,9 @@ def _measure(variant: Variant, monitor: Monitor, repeat: int, calls: int) -> Mea
     del result
     monitor.wait_ready(end_s, _TICK_TIMEOUT_S)
     window = monitor.window(start_s, end_s)
+    if not variant.watched:
+        reason = "work on several devices, of which one is watched"
+        window = dataclasses.replace(window, energy_j=None, energy_bound_j=None, energy_null_reason=reason)
     power_w = monitor.samples(start_s, end_s).power_w
     return Measurement(
         variant=variant.name,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from jaxchunk.bench import lm_head
@@ -19,6 +20,25 @@ def test_floor_baseline_and_every_chunk_count_are_compiled():
     assert programs[0].variant.call()[0].shape == (64, 97)
 
 
+def test_every_case_is_the_loss_that_it_says():
+    config = dataclasses.replace(CONFIG, chunks=(3,), cases=tuple(lm_head.CASES))
+    programs = list(lm_head.compile_variants(config, limit_bytes=None))[2:]
+    assert [p.variant.name for p in programs] == ["xla, 3 chunks"] + [
+        f"xla, 3 chunks, {case}" for case in lm_head.CASES if case != "plain"
+    ]
+    assert {p.plain for p in programs} == {"xla, 3 chunks"}
+    values = {p.variant.name: p.variant.call() for p in programs}
+    plain, (dx, dW) = values["xla, 3 chunks"]
+    (with_metrics, metrics), _ = values["xla, 3 chunks, metrics"]
+    assert float(with_metrics) == float(plain)
+    assert int(metrics.num_valid_tokens) == 64
+    dv, (dx_of_dv, dW_of_dv) = values["xla, 3 chunks, dv"]
+    np.testing.assert_allclose(dv, plain, rtol=1e-6)
+    np.testing.assert_allclose(dx_of_dv, dx, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(dW_of_dv.T, dW, rtol=1e-5, atol=1e-7)
+    assert len(values["xla, 3 chunks, bias"][1]) == 3
+
+
 def test_what_does_not_fit_is_left_out_with_a_word(caplog):
     assert list(lm_head.compile_variants(CONFIG, limit_bytes=1000)) == []
     assert "xla, 3 chunks is left out: it needs 0.00 of 0.0 GB" in caplog.text
@@ -32,6 +52,8 @@ def test_what_does_not_fit_is_left_out_with_a_word(caplog):
         ({"chunks": ()}, "--chunks is "),
         ({"dtype": "float16"}, "--dtype is float16"),
         ({"window_s": 0.0}, "--window_s is 0.0"),
+        ({"cases": ("plain", "fast")}, "--cases is plain fast; choose from plain, options"),
+        ({"vocab_devices": 10}, r"--vocab_devices is 10; JAX sees \d+ device\(s\)"),
         ({"implementations": ("liger",)}, "--implementations: implementation is 'liger'"),
     ],
 )
@@ -57,5 +79,6 @@ def test_summary_and_table():
     assert ours["energy_over_floor"]["median"] == pytest.approx(1.25)
     row = lm_head.table(rows).splitlines()[-1]
     assert (
-        row == "| xla, 3 chunks | 110.00 | 1.250 (1.250 to 1.250) | 0.50 | 1.00 | 1.250 (1.250 to 1.250) | 500 | 0.00 |"
+        row == "| xla, 3 chunks | 110.00 | 1.250 (1.250 to 1.250) | 0.50 | 1.000 (1.000 to 1.000) | 1.00 "
+        "| 1.250 (1.250 to 1.250) | 500 | 0.00 |"
     )
