@@ -1,5 +1,6 @@
 """What the compiler makes of the loss: GEMM count, the loop, memory, and lowering for a GPU that is not here."""
 
+import collections
 import functools
 import itertools
 import re
@@ -98,6 +99,61 @@ def test_the_weight_is_cast_once_and_not_in_the_loop():
     (scan,) = [e for e in traced((0, 1), "bfloat16") if e.primitive.name == "scan"]
     body = list(equations(scan.params["jaxpr"].jaxpr))
     assert not [e for e in body if e.primitive.name == "convert_element_type" and e.outvars[0].aval.shape == (V, D)]
+
+
+def operations_on(shape, **options):
+    """How often the plain call's program has each arithmetic operation with a result of this shape."""
+    names = [e.primitive.name for e in traced((0, 1), **options) if getattr(e.outvars[0].aval, "shape", None) == shape]
+    others = {"jit", "iota", "broadcast_in_dim", "masked_load", "masked_swap"}
+    return collections.Counter(name for name in names if name not in others)
+
+
+def test_options_that_are_off_cost_nothing():
+    """The program holds what the arithmetic of `rows.py` needs and nothing else of the size of the logits."""
+    assert operations_on((T // 4, V), implementation="xla") == {
+        "dot_general": 1,  # z
+        "eq": 2, "select_n": 2,  # the label's column, out of the sum and in dz
+        "sub": 2, "exp": 2,  # exp(z - m), exp(z - shift)
+        "mul": 1,  # * factor
+    }  # fmt: skip
+    assert operations_on((2048,), implementation="pallas_interpret") == {
+        "add": 4, "eq": 2, "select_n": 3, "sub": 3, "abs": 1, "neg": 1, "exp": 3, "gt": 1, "mul": 3, "max": 1,
+    }  # fmt: skip
+    off = {"token_weights": None, "bias": None, "label_smoothing": 0.0, "z_loss": 0.0, "logit_softcap": None}
+    off |= {"logit_scale": 1.0, "weight_layout": "vd", "with_metrics": False, "token_axis": None, "vocab_axis": None}
+    named, unnamed = (compiled((0, 1), num_chunks=4, **options).as_text() for options in (off, {}))
+    assert named == unnamed
+
+
+@pytest.mark.parametrize(
+    ("argnums", "expected"), [(None, 1), (0, 3), (1, 3), ((0, 1), 4)], ids=["loss", "frozen W", "frozen x", "both"]
+)
+def test_per_token_losses_compute_the_logits_again_and_no_gemm_for_nothing(argnums, expected):
+    def loss(hidden, weight, labels):
+        return jnp.sum(lm_head_loss(hidden, weight, labels, num_chunks=4, implementation="xla", reduction="none"))
+
+    function = loss if argnums is None else jax.value_and_grad(loss, argnums)
+    assert gemms(jax.jit(function).lower(X, W, Y).compile().as_text()) == expected
+
+
+def test_one_function_may_be_differentiated_for_one_operand_after_the_other():
+    """JAX keeps one structure of residuals for all derivatives of a jitted program."""
+    operands = jax.random.normal(jax.random.key(0), (12, 8)), jax.random.normal(jax.random.key(1), (97, 8))
+    labels, bias = jnp.arange(12), jnp.zeros(97)
+    for reduction in ("mean", "none"):
+
+        @jax.jit
+        def loss(hidden, weight, bias, labels=labels, reduction=reduction):
+            total, metrics = lm_head_loss(
+                hidden, weight, labels, bias=bias, num_chunks=2, reduction=reduction, with_metrics=True
+            )
+            return jnp.sum(total), metrics
+
+        every = jax.grad(loss, (0, 1, 2), has_aux=True)(*operands, bias)[0]
+        for argnums in ((0,), (1,), (2,), (1, 2), (0, 1, 2)):
+            found = jax.grad(loss, argnums, has_aux=True)(*operands, bias)[0]
+            for gradient, argnum in zip(found, argnums, strict=True):
+                np.testing.assert_allclose(gradient, every[argnum], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("num_chunks", [3, 7, 100, 500])
