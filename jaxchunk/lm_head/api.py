@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
@@ -116,8 +117,8 @@ def lm_head_loss(
     section 3.1 (the chunking); `lm_head/rows.py` has the arithmetic of a row. Label smoothing: Szegedy et al., 2016;
     z-loss: Chowdhery et al., 2022 (PaLM), section 5; softcap: Gemma Team, 2024 (Gemma 2), section 2.
     """
-    given_labels = labels
-    hidden, weight, labels = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(labels)
+    given_labels = labels if isinstance(labels, Array) else np.asarray(labels)  # jnp.asarray would narrow them
+    hidden, weight, labels = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(given_labels)
     compute_dtype = jnp.dtype(hidden.dtype if compute_dtype is None else compute_dtype)
     checks.check_operands(hidden, weight, labels, weight_layout)
     checks.check_dtypes(compute_dtype, jnp.dtype(accum_dtype))

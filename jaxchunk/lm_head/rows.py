@@ -148,9 +148,13 @@ def combined(statistics: RowStatistics, axis_names: tuple[str, ...]) -> RowStati
 
 
 class _Scaled(NamedTuple):
-    """Statistics scaled by e^-scale, so that the larger of n and e^a is 1 or more: no overflow."""
+    """Statistics relative to `top`, the larger of m and z_y: nothing overflows, and one of n and `label` is 1 or more.
 
-    scale: Array
+    `fall` is m - top.
+    """
+
+    top: Array
+    fall: Array
     n: Array
     label: Array
     s: Array
@@ -158,18 +162,18 @@ class _Scaled(NamedTuple):
 
 
 def _scaled(statistics: RowStatistics) -> _Scaled:
-    a = statistics.z_y - statistics.m
-    scale = jnp.maximum(a, 0.0)
-    n, label = statistics.n * jnp.exp(-scale), jnp.exp(a - scale)
+    top = jnp.maximum(statistics.m, statistics.z_y)
+    fall = statistics.m - top
+    n, label = statistics.n * jnp.exp(fall), jnp.exp(statistics.z_y - top)
     # One of the two is exact: label == 1 where the label leads, n >= 1 where it does not.
-    return _Scaled(scale, n, label, n + label, jnp.log1p(n + (label - 1.0)))
+    return _Scaled(top, fall, n, label, n + label, jnp.log1p(n + (label - 1.0)))
 
 
 def results(statistics: RowStatistics, options: RowOptions) -> RowResults:
     """Losses of rows and what the metrics need."""
     row = _scaled(statistics)
-    lse = statistics.m + row.scale + row.log_s
-    cross_entropy = row.log_s + (row.scale - (statistics.z_y - statistics.m))
+    lse = row.top + row.log_s
+    cross_entropy = row.log_s + (row.top - statistics.z_y)
     loss = cross_entropy
     if statistics.z_sum is not None:
         loss = loss + options.label_smoothing * (statistics.z_y - statistics.z_sum / options.vocab_size)
@@ -178,7 +182,7 @@ def results(statistics: RowStatistics, options: RowOptions) -> RowResults:
     correct = entropy = None
     if statistics.q is not None:
         correct = statistics.z_y >= statistics.m  # sum_j p_j (lse - z_j): no term is negative
-        others = row.n * (row.scale + row.log_s) - statistics.q * jnp.exp(-row.scale)
+        others = row.n * (row.log_s - row.fall) - statistics.q * jnp.exp(row.fall)
         entropy = (row.label * cross_entropy + others) / row.s
     return RowResults(loss, lse, correct, entropy)
 
@@ -186,15 +190,14 @@ def results(statistics: RowStatistics, options: RowOptions) -> RowResults:
 def coefficients(statistics: RowStatistics, row_weight: Array, options: RowOptions) -> RowCoefficients:
     """Gradient coefficients of rows whose loss is multiplied by `row_weight`."""
     row = _scaled(statistics)
-    shift = statistics.m + row.scale
     weight = row_weight if options.logit_scale == 1.0 else row_weight * options.logit_scale
     over_s = weight / row.s
     factor, label_gradient, uniform = over_s, -weight * (row.n / row.s), None
     if options.z_loss:
-        pull = 2.0 * options.z_loss * (shift + row.log_s)
+        pull = 2.0 * options.z_loss * (row.top + row.log_s)
         factor = factor + over_s * pull
         label_gradient = label_gradient + over_s * row.label * pull
     if options.label_smoothing:
         uniform = weight * (options.label_smoothing / options.vocab_size)
         label_gradient = label_gradient + weight * (options.label_smoothing * (1.0 - 1.0 / options.vocab_size))
-    return RowCoefficients(shift, factor, label_gradient, uniform)
+    return RowCoefficients(row.top, factor, label_gradient, uniform)

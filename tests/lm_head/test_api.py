@@ -1,6 +1,7 @@
 """The border of `lm_head_loss`: bad input is named, and what runs is said."""
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,15 @@ import pytest
 from lm_head_oracle import oracle, problem
 
 from jaxchunk import lm_head_loss
-from jaxchunk.lm_head import choose_implementation
+from jaxchunk.lm_head import choose_implementation, token_log_probs
 
 P = problem(T=12, D=8, V=97)
+INF, NAN = float("inf"), float("nan")
+NUMBERS = ("label_smoothing", "z_loss", "logit_softcap", "logit_scale")
+SMOOTHING = "it must be at least 0 and less than 1"
+NOT_NEGATIVE = "it must be a finite number that is not negative"
+POSITIVE = "it must be a finite number greater than 0"
+BAD_WEIGHTS = "negative or non-finite values"
 
 
 @pytest.mark.parametrize(
@@ -38,10 +45,47 @@ P = problem(T=12, D=8, V=97)
         ({"normalizer": "x"}, ValueError, "normalizer is x"),
         ({"num_chunks": 0}, ValueError, "num_chunks is 0; it must be at least 1"),
         ({"num_chunks": 2.0}, TypeError, "num_chunks is 2.0; it must be a Python int"),
-        ({"reduction": "none"}, ValueError, "reduction is 'none'"),
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg'; it must be 'mean', 'sum' or 'none'"),
+        ({"reduction": None}, ValueError, "reduction is None; it must be 'mean', 'sum' or 'none'"),
         ({"normalizer": -1.0}, ValueError, "normalizer is -1.0"),
         ({"normalizer": jnp.ones(12)}, ValueError, r"normalizer has shape \(12,\)"),
         ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "it belongs to 'mean'"),
+        ({"normalizer": 3.0, "reduction": "none"}, ValueError, "it belongs to 'mean'"),
+        *[
+            ({"label_smoothing": x}, ValueError, f"label_smoothing is {x}; {SMOOTHING}")
+            for x in (1.5, 1.0, 1, -0.1, NAN)
+        ],
+        *[({"z_loss": x}, ValueError, f"z_loss is {x}; {NOT_NEGATIVE}") for x in (-1.0, -1e-30, INF, NAN)],
+        *[
+            ({"logit_softcap": x}, ValueError, f"logit_softcap is {x}; {POSITIVE}, or None")
+            for x in (0.0, -5, INF, NAN)
+        ],
+        *[({"logit_scale": x}, ValueError, f"logit_scale is {x}; {POSITIVE}") for x in (0.0, 0, -1.0, INF, NAN)],
+        *[({name: "x"}, TypeError, f"{name} is 'x'; it must be a Python number") for name in NUMBERS],
+        *[({name: 1j}, TypeError, f"{name} is 1j; it must be a Python number") for name in NUMBERS],
+        *[({name: True}, TypeError, f"{name} is True; it must be a Python number") for name in NUMBERS],
+        *[({name: np.ones(2)}, TypeError, rf"{name} is array\(.*; it must be a Python number") for name in NUMBERS],
+        ({"label_smoothing": None}, TypeError, "label_smoothing is None; it must be a Python number"),
+        ({"weight_layout": "xx"}, ValueError, "weight_layout is 'xx'; it must be 'vd' or 'dv'"),
+        ({"weight_layout": None}, ValueError, "weight_layout is None; it must be 'vd' or 'dv'"),
+        ({"weight_layout": "dv"}, ValueError, r"hidden has shape \(12, 8\) and weight \(97, 8\)"),
+        ({"weight": jnp.zeros((8, 0)), "weight_layout": "dv"}, ValueError, "at least one entry"),
+        ({"bias": jnp.zeros(3)}, ValueError, r"bias has shape \(3,\); for a vocabulary of 97 it must be \(97,\)"),
+        ({"bias": jnp.zeros(())}, ValueError, r"bias has shape \(\); for a vocabulary of 97 it must be \(97,\)"),
+        ({"bias": jnp.zeros((1, 97))}, ValueError, r"bias has shape \(1, 97\); .* must be \(97,\)"),
+        ({"bias": jnp.zeros(8), "weight_layout": "dv", "weight": jnp.zeros((8, 97))}, ValueError, r"must be \(97,\)"),
+        ({"bias": jnp.zeros(97, jnp.int32)}, TypeError, "bias has dtype int32"),
+        ({"token_weights": jnp.ones(11)}, ValueError, r"shape \(11,\); for labels \(12,\) they must be \(12,\)"),
+        ({"token_weights": 1.0}, ValueError, r"token_weights have shape \(\); for labels \(12,\)"),
+        ({"token_weights": jnp.ones((12, 1))}, ValueError, r"token_weights have shape \(12, 1\)"),
+        ({"token_weights": jnp.ones(12, complex)}, TypeError, "token_weights have dtype complex64"),
+        (
+            {"token_weights": [-1.0, NAN] + [1.0] * 10},
+            ValueError,
+            f"hold 2 {BAD_WEIGHTS}, the first is -1.0; they must",
+        ),
+        ({"token_weights": jnp.ones(12).at[3].set(INF)}, ValueError, f"hold 1 {BAD_WEIGHTS}, the first is inf"),
+        ({"token_weights": -np.ones(12, int)}, ValueError, f"hold 12 {BAD_WEIGHTS}, the first is -1"),
         ({"implementation": "cuda"}, ValueError, "implementation is 'cuda'; it must be one of reference, xla, pallas"),
     ],
 )
@@ -50,6 +94,35 @@ def test_bad_input_is_named(change, error, words):
     with pytest.raises(error, match=words) as caught:
         lm_head_loss(**(operands | change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "logit_softcap"])
+def test_a_traced_number_that_shapes_the_program_is_refused(name):
+    """Only logit_scale may be traced."""
+    for transform in (jax.jit, jax.grad):
+        with pytest.raises(TypeError, match=rf"^{name} is .*; it must be a Python number") as caught:
+            transform(lambda value: lm_head_loss(*P, **{name: value}))(0.5)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"logit_scale has shape \(2,\); it must be a scalar"):
+        jax.jit(lambda scale: lm_head_loss(*P, logit_scale=scale))(jnp.ones(2))
+
+
+def test_numbers_may_be_numpy_numbers():
+    for number in (np.float32, np.float64, int, np.int64):
+        options = {"z_loss": number(1), "label_smoothing": number(0), "logit_softcap": number(5)}
+        options["logit_scale"] = number(2)
+        np.testing.assert_allclose(lm_head_loss(*P, **options), oracle(P, **options).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"labels": jnp.full(12, 97)}, {"logit_scale": 0.0}, {"bias": jnp.zeros(3)}], ids=str
+)
+def test_token_log_probs_have_the_same_border(change):
+    operands = P._asdict() | change
+    with pytest.raises(ValueError) as of_loss:
+        lm_head_loss(**operands)
+    with pytest.raises(ValueError, match=re.escape(str(of_loss.value))):
+        token_log_probs(**operands)
 
 
 def test_custom_ignore_index():
@@ -64,14 +137,6 @@ def test_more_chunks_than_tokens_is_clamped_with_a_word(caplog):
         loss = lm_head_loss(*P, num_chunks=13)
     assert "num_chunks=13 for 12 tokens: using 12 of 1" in caplog.text
     np.testing.assert_allclose(loss, lm_head_loss(*P), rtol=1e-6)
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="tests a machine without a GPU")
-def test_pallas_without_a_gpu_raises_and_never_falls_back():
-    with pytest.raises(
-        ValueError, match="implementation='pallas' cannot run: it needs an NVIDIA GPU and JAX runs on cpu"
-    ):
-        lm_head_loss(*P, implementation="pallas")
 
 
 def test_choice_by_platform():

@@ -8,31 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lm_head_oracle import (
+    ALL,
+    CHUNKED,
+    DTYPES,
     IGNORE,
     Problem,
-    Result,
     assert_as_exact,
     oracle,
     problem,
     relative_error,
     same_dtype_baseline,
+    value_and_grads,
 )
 
 from jaxchunk import lm_head_loss
-
-CHUNKED = ["xla", "pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
-ALL = ["reference", *CHUNKED]
-DTYPES = [jnp.float32, jnp.bfloat16]
-
-
-def value_and_grads(p: Problem, cotangent=1.0, **options) -> Result:
-    def loss(hidden, weight):
-        return cotangent * lm_head_loss(hidden, weight, p.labels, **options)
-
-    value, (dx, dW) = jax.jit(jax.value_and_grad(loss, (0, 1)))(p.hidden, p.weight)
-    assert value.dtype == jnp.float32
-    assert (dx.dtype, dW.dtype) == (p.hidden.dtype, p.weight.dtype)
-    return Result(*(np.asarray(a, np.float64) for a in (value / cotangent, dx, dW)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -56,15 +45,6 @@ def test_chunked_is_as_exact_as_unchunked_on_a_gpu(implementation, num_chunks, V
     assert_as_exact(result, oracle(p), same_dtype_baseline(p), dtype)
 
 
-@pytest.mark.parametrize("implementation", ALL)
-def test_all_chunk_counts_give_the_same_numbers_in_float32(implementation):
-    p = problem(T=33, V=1187)
-    one = value_and_grads(p, num_chunks=1, implementation=implementation)
-    for num_chunks in (2, 4, 7, 16, 33):
-        many = value_and_grads(p, num_chunks=num_chunks, implementation=implementation)
-        chex.assert_trees_all_close(many, one, rtol=2e-6, atol=1e-8)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_reference_is_float32_whatever_comes_in(dtype):
     p = problem(V=1187, dtype=dtype)
@@ -77,43 +57,6 @@ def test_reference_is_float32_whatever_comes_in(dtype):
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_large_logits(implementation, scale):
     p = problem(V=1187, scale=scale)
-    result = value_and_grads(p, num_chunks=4, implementation=implementation)
-    assert_as_exact(result, oracle(p), same_dtype_baseline(p), jnp.float32)
-
-
-@pytest.mark.parametrize("margin", [20.0, 30.0])
-@pytest.mark.parametrize("implementation", CHUNKED)
-def test_confident_labels_do_not_cancel(implementation, margin):
-    """Where softmax_y - 1 would be 0 or noise in float32, the label's gradient keeps its digits."""
-    T, V, D = 16, 97, 128
-    labels = jnp.arange(T) * 5
-    weight = jnp.eye(V, D)
-    hidden = margin * weight[labels]
-    p = Problem(hidden, weight, labels)
-    result, exact = value_and_grads(p, num_chunks=4, implementation=implementation), oracle_of_margins(p, margin)
-    assert result.loss >= 0
-    assert relative_error(result.loss, exact.loss) < 1e-5
-    assert relative_error(result.d_hidden, exact.d_hidden) < 1e-5
-    assert relative_error(result.d_weight, exact.d_weight) < 1e-5
-
-
-def oracle_of_margins(p: Problem, margin: float) -> Result:
-    """In closed form (float64's own softmax_y - 1 cancels too): every row has one logit of `margin`, the rest are 0."""
-    T, V = p.labels.size, p.weight.shape[0]
-    rest = (V - 1) * np.exp(-margin)
-    dz = np.full((T, V), np.exp(-margin) / (1 + rest) / T)
-    dz[np.arange(T), np.asarray(p.labels)] = -rest / (1 + rest) / T
-    x, W = (np.asarray(a, np.float64) for a in (p.hidden, p.weight))
-    return Result(np.log1p(rest), dz @ W, dz.T @ x)
-
-
-@pytest.mark.parametrize("implementation", ALL)
-def test_logits_far_below_zero_with_odd_vocabulary(implementation):
-    """A padded column entering the sum with a logit of 0 would drown a row whose logits are near -30."""
-    p = problem(V=1187)
-    hidden = jnp.concatenate([p.hidden, jnp.ones((33, 1))], axis=1)
-    weight = jnp.concatenate([p.weight, jnp.full((1187, 1), -30.0)], axis=1)
-    p = Problem(hidden, weight, p.labels)
     result = value_and_grads(p, num_chunks=4, implementation=implementation)
     assert_as_exact(result, oracle(p), same_dtype_baseline(p), jnp.float32)
 
@@ -163,7 +106,7 @@ def test_microbatches_with_the_global_count_add_up():
 
 
 @pytest.mark.parametrize("implementation", ALL)
-def test_ignored_rows_do_not_count_in_the_mean_and_may_hold_anything(implementation):
+def test_ignored_rows_may_hold_anything(implementation):
     p = problem(T=32)
     labels = p.labels.at[8:16].set(IGNORE)  # with 4 chunks, the whole second chunk
     hidden = jnp.where((labels == IGNORE)[:, None], jnp.nan, p.hidden)
@@ -196,18 +139,6 @@ def test_no_tokens_at_all(implementation):
     result = value_and_grads(p, num_chunks=2, implementation=implementation)
     assert result.loss == 0
     assert np.all(result.d_weight == 0)
-
-
-@pytest.mark.parametrize("implementation", CHUNKED)
-def test_many_chunks_do_not_erode_d_weight(implementation):
-    """A bf16 carry would lose a bit with every chunk; the fp32 one must not."""
-    p = problem(T=256, V=97, dtype=jnp.bfloat16, ignored=0.0)
-    exact = oracle(p).d_weight
-    one, many = (
-        relative_error(value_and_grads(p, num_chunks=n, implementation=implementation).d_weight, exact)
-        for n in (1, 256)
-    )
-    assert many <= 1.1 * one
 
 
 def test_master_weight_is_cast_once_and_gets_an_fp32_gradient():
@@ -266,24 +197,3 @@ def test_works_under_vmap_and_scan_and_remat(implementation):
     np.testing.assert_allclose(scanned, each, rtol=1e-6)
     exact = jax.grad(loss)(*p)
     np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(*p), exact, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_float32_is_not_tf32_on_a_gpu(implementation):
-    p = problem(T=256, D=512, V=4097)
-    result, exact = value_and_grads(p, num_chunks=2, implementation=implementation), oracle(p)
-    assert relative_error(result.d_hidden, exact.d_hidden) < 5e-6  # TF32 is at 3e-4
-    assert relative_error(result.d_weight, exact.d_weight) < 5e-6
-
-
-@pytest.mark.gpu
-def test_more_than_two_to_the_31_logits_in_one_chunk():
-    T, D, V = 16385, 64, 151936
-    p = problem(T=T, D=D, V=V, dtype=jnp.bfloat16, ignored=0.0)
-    loss = functools.partial(lm_head_loss, num_chunks=1, implementation="pallas", reduction="sum")
-    dx = jax.jit(jax.grad(loss))(*p)
-    rows = np.array([0, 1, T // 2, 14133, 14134, 14135, T - 2, T - 1])  # 2^31 logits end in row 14134
-    sample = Problem(p.hidden[rows], p.weight, p.labels[rows])
-    exact = oracle(sample, reduction="sum").d_hidden
-    assert relative_error(dx[rows], exact) < 5e-3

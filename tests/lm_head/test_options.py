@@ -1,0 +1,376 @@
+"""Every option of the loss, alone and with others, in every implementation, against float64."""
+
+import functools
+import inspect
+import sys
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lm_head_oracle import (
+    ALL,
+    DTYPES,
+    IGNORE,
+    Problem,
+    Result,
+    assert_as_exact,
+    assert_close,
+    oracle,
+    problem,
+    relative_error,
+    same_dtype_baseline,
+    value_and_grads,
+)
+
+from jaxchunk import lm_head_loss
+from jaxchunk.lm_head import token_log_probs
+
+# One entry an option; what is None here is an array and is drawn with the problem.
+OPTIONS = {
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "normalizer": {"normalizer": 50.0},
+    "token_weights": {"token_weights": None},
+    "bias": {"bias": None},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.01},
+    "logit_softcap": {"logit_softcap": 5.0},
+    "logit_scale": {"logit_scale": 0.7},
+    "dv": {"weight_layout": "dv"},
+    "ignore_index": {"ignore_index": 7},
+    "with_metrics": {"with_metrics": True},
+}
+EVERYTHING = "token_weights+bias+label_smoothing+z_loss+logit_softcap+logit_scale+dv+with_metrics"
+MATRIX = [
+    *OPTIONS,
+    "sum+token_weights",
+    "none+token_weights",
+    "normalizer+token_weights",
+    "bias+logit_softcap",
+    "bias+logit_scale",
+    "logit_softcap+label_smoothing",
+    "logit_softcap+z_loss",
+    "label_smoothing+z_loss",
+    "none+z_loss",
+    "none+bias+logit_softcap",
+    "with_metrics+none",
+    "with_metrics+token_weights+z_loss",
+    EVERYTHING,
+    f"sum+{EVERYTHING}",
+    f"none+{EVERYTHING}",
+    f"normalizer+ignore_index+{EVERYTHING}",
+]
+NOT_IN_THE_MATRIX = {"num_chunks", "implementation", "compute_dtype", "accum_dtype", "token_axis", "vocab_axis"}
+
+
+class Case(NamedTuple):
+    problem: Problem
+    cotangent: np.ndarray
+    options: dict
+
+
+def make_case(names: str, T=33, D=24, V=97, dtype=jnp.float32) -> Case:
+    """Logits that spread enough for a softcap to bend them; every other label is the largest logit's."""
+    p = problem(T, D, V, dtype, scale=3.0)
+    largest = jnp.argmax(p.hidden @ p.weight.T, axis=1)
+    p = p._replace(labels=jnp.where((p.labels != IGNORE) & (jnp.arange(T) % 2 == 0), largest, p.labels))
+    keys = jax.random.split(jax.random.key(1), 4)
+    weights = jax.random.uniform(keys[0], (T,), minval=0.2, maxval=2.0) * (jax.random.uniform(keys[1], (T,)) > 0.2)
+    arrays = {"token_weights": weights, "bias": jax.random.normal(keys[2], (V,)).astype(dtype)}
+    options: dict = {}
+    for name in names.split("+"):
+        options |= {key: arrays[key] if value is None else value for key, value in OPTIONS[name].items()}
+    if "weight_layout" in options:
+        p = p._replace(weight=p.weight.T)
+    if "ignore_index" in options:
+        p = p._replace(labels=jnp.where(p.labels == IGNORE, options["ignore_index"], p.labels))
+    shape = (T,) if options.get("reduction") == "none" else ()
+    return Case(p, np.asarray(jax.random.normal(keys[3], shape)), options)
+
+
+@functools.cache
+def judged_case(names: str, T: int, D: int, V: int, dtype) -> tuple[Case, Result, Result]:
+    case = make_case(names, T, D, V, dtype)
+    args = case.problem, case.cotangent
+    return case, oracle(*args, **case.options), same_dtype_baseline(*args, **case.options)
+
+
+@pytest.mark.parametrize("implementation", ALL)  # on top, so that those of one case run one after the other (its cache)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("names", MATRIX, ids=lambda names: names.replace(EVERYTHING, "everything"))
+def test_options_are_as_exact_as_unchunked(implementation, names, dtype):
+    # Neither shape is divisible by its chunk count; a GPU needs enough rows for the same kind of GEMM as the baseline.
+    T, D, V, num_chunks = (2001, 64, 1187, 7) if implementation == "pallas" else (33, 24, 97, 4)
+    case, exact, baseline = judged_case(names, T, D, V, dtype)
+    result = value_and_grads(
+        case.problem, case.cotangent, num_chunks=num_chunks, implementation=implementation, **case.options
+    )
+    assert_as_exact(result, exact, baseline, dtype)
+
+
+def test_the_matrix_has_every_option_alone(capsys):
+    """A new option of the signature belongs in the matrix; says how many cases it has."""
+    parameters = inspect.signature(lm_head_loss).parameters.values()
+    keywords = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert {key for options in OPTIONS.values() for key in options} == keywords - NOT_IN_THE_MATRIX
+    assert len(set(MATRIX)) == len(MATRIX)
+    implementations, sets, dtypes = len(ALL), len(MATRIX), len(DTYPES)
+    with capsys.disabled():  # on stderr, which pytest-xdist's workers share with the terminal
+        print(
+            f"\noption matrix: {implementations * sets * dtypes} cases, {implementations} implementations (1 on a GPU) "
+            f"x {sets} sets of options ({len(OPTIONS)} of one) x {dtypes} dtypes",
+            file=sys.stderr,
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_metrics_are_exact_in_every_reduction(implementation, reduction):
+    """Logits are whole numbers, exact in bfloat16 too, and have ties, which count as correct."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, weight = (
+        jax.random.randint(k, s, -2, 3).astype(jnp.bfloat16) for k, s in zip(keys[:2], [(33, 6), (97, 6)], strict=True)
+    )
+    logits = hidden.astype(jnp.float32) @ weight.astype(jnp.float32).T
+    assert jnp.sum(logits == jnp.max(logits, axis=1, keepdims=True)) > 33
+    labels = jnp.where(jnp.arange(33) % 3 == 0, 96 - jnp.argmax(logits[:, ::-1], axis=1), jnp.arange(33))
+    p = Problem(hidden, weight, labels.at[5:9].set(IGNORE))
+    options = {"token_weights": jnp.ones(33).at[9:12].set(0.0), "z_loss": 0.1, "logit_scale": 0.5}
+    loss = functools.partial(lm_head_loss, reduction=reduction, num_chunks=4, implementation=implementation, **options)
+
+    @jax.jit
+    def with_and_without(labels):
+        return loss(hidden, weight, labels, with_metrics=True), loss(hidden, weight, labels)
+
+    (value, metrics), value_alone = with_and_without(p.labels)
+    np.testing.assert_allclose(value, value_alone, rtol=1e-6)
+    exact = oracle(p, with_metrics=True, **options).metrics
+    assert metrics._fields == exact._fields
+    assert [m.dtype for m in metrics] == [jnp.int32] + [jnp.float32] * 4
+    assert metrics.num_valid_tokens == exact.num_valid_tokens
+    assert_close(tuple(metrics), tuple(exact), 1e-6)
+    ignored = with_and_without(jnp.full(33, IGNORE))
+    chex.assert_trees_all_equal(ignored, jax.tree.map(jnp.zeros_like, ignored))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_gradient_through_a_metric_raises(implementation, reduction):
+    case = make_case("with_metrics+bias+token_weights+z_loss")
+    p, options = case.problem, case.options | {"reduction": reduction}
+
+    def sums(hidden, weight):
+        output = lm_head_loss(hidden, weight, p.labels, num_chunks=4, implementation=implementation, **options)
+        return jax.tree.map(jnp.sum, output)
+
+    through = [lambda *xs, name=name: getattr(sums(*xs)[1], name) for name in ("accuracy", "mean_lse", "mean_entropy")]
+    through.append(lambda *xs: sums(*xs)[0] + sums(*xs)[1].z_loss)
+    for objective in through:
+        for gradient in (jax.jit(jax.grad(objective, (0, 1))), jax.grad(objective)):
+            with pytest.raises(TypeError, match=r"metrics .*are not differentiable"):
+                gradient(p.hidden, p.weight)
+    gradients, metrics = jax.jit(jax.grad(sums, (0, 1), has_aux=True))(p.hidden, p.weight)
+    exact = oracle(p, **options)
+    assert_close((*gradients, *metrics), (exact.d_hidden, exact.d_weight, *exact.metrics))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("names", ["none", "none+bias+logit_softcap+logit_scale+dv"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_token_log_probs(implementation, names, dtype):
+    case, exact, baseline = judged_case(names, 33, 24, 97, dtype)
+    p, options = case.problem, {k: v for k, v in case.options.items() if k != "reduction"}
+    bias = options.pop("bias", None)
+
+    def losses(hidden, weight, bias):
+        log_probs = token_log_probs(
+            hidden, weight, p.labels, bias=bias, num_chunks=4, implementation=implementation, **options
+        )
+        return jnp.sum(-case.cotangent * log_probs), -log_probs
+
+    gradients = jax.jit(jax.grad(losses, (0, 1, 2), has_aux=True))
+    gradients, loss = gradients(p.hidden, p.weight, bias)
+    assert (loss.dtype, loss.shape) == (jnp.float32, (33,))
+    assert jnp.all(loss >= 0)
+    assert jnp.all(loss[p.labels == IGNORE] == 0)
+    assert_as_exact(Result(np.asarray(loss), *gradients), exact, baseline, dtype)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_traced_logit_scale_is_differentiable(implementation):
+    """As a learnt temperature is: d loss / d scale = <hidden, d_hidden> / scale."""
+    case = make_case(EVERYTHING)
+    p, options = case.problem, case.options
+    fixed = {key: value for key, value in options.items() if key not in ("logit_scale", "with_metrics")}
+    loss = functools.partial(lm_head_loss, *p, num_chunks=4, implementation=implementation, **fixed)
+    value_and_grad = jax.jit(jax.value_and_grad(lambda scale: loss(logit_scale=scale)))
+    for scale in (0.7, 1.3):
+        exact = oracle(p, **fixed, logit_scale=scale)
+        value, gradient = value_and_grad(scale)
+        assert_close((value, gradient), (exact.loss, np.sum(exact.d_hidden * np.asarray(p.hidden)) / scale), 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_frozen_operands_do_not_change_the_other_gradients(implementation, reduction):
+    case = make_case("none+" + EVERYTHING if reduction == "none" else EVERYTHING)
+    p, options = case.problem, case.options | {"reduction": reduction, "with_metrics": False}
+    exact = oracle(p, case.cotangent, **options)
+    operands = p._asdict() | {name: options.pop(name) for name in ("bias", "token_weights")}
+
+    def objective(trained):
+        loss = lm_head_loss(**operands | trained, num_chunks=4, implementation=implementation, **options)
+        return jnp.sum(case.cotangent * loss)
+
+    for names in (("hidden",), ("weight",), ("bias",), ("token_weights",), ("hidden", "bias")):
+        for name, gradient in jax.jit(jax.grad(objective))({name: operands[name] for name in names}).items():
+            assert_close(gradient, getattr(exact, f"d_{name}"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_losses_of_one_shape_with_different_frozen_operands_add_up(implementation, reduction):
+    """JAX runs all their forward passes before the first backward one, and may hold them for the same function."""
+    p = problem()
+    loss = jax.jit(functools.partial(lm_head_loss, reduction=reduction, num_chunks=4, implementation=implementation))
+
+    def total(x, W):
+        frozen_x, frozen_W = jax.lax.stop_gradient((x, W))
+        calls = ((x, W), (x, frozen_W), (frozen_x, W), (frozen_x, frozen_W))
+        return sum(jnp.sum(loss(x, W, p.labels)) for x, W in calls)
+
+    one = oracle(p, reduction=reduction)
+    gradients = jax.grad(total, (0, 1))(p.hidden, p.weight)
+    assert_close(gradients, (2 * one.d_hidden, 2 * one.d_weight))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_per_token_losses_with_everything_under_vmap_and_scan_and_remat_and_jit(implementation):
+    """Two batches of 12 tokens: values, and gradients for a random cotangent of each token."""
+    case = make_case(f"none+{EVERYTHING}", T=24)
+    p, options = case.problem, case.options | {"with_metrics": False}
+    exact, weight_and_bias = oracle(p, case.cotangent, **options), (p.weight, options.pop("bias"))
+    batches = jax.tree.map(
+        lambda a: a.reshape(2, 12, *a.shape[1:]), (p.hidden, p.labels, options.pop("token_weights"), case.cotangent)
+    )
+
+    def losses(hidden, weight_and_bias, labels, token_weights):
+        weight, bias = weight_and_bias
+        return lm_head_loss(
+            hidden, weight, labels, bias=bias, token_weights=token_weights, num_chunks=5,
+            implementation=implementation, **options,
+        )  # fmt: skip
+
+    def value_and_grads_of(losses):
+        def both(hidden, weight_and_bias, labels, token_weights, cotangent):
+            value, vjp = jax.vjp(lambda x, W: losses(x, W, labels, token_weights), hidden, weight_and_bias)
+            return value, *vjp(cotangent)
+
+        return both
+
+    def batch(function):
+        return lambda x, y, w, g: function(x, weight_and_bias, y, w, g)
+
+    plain, remat = batch(value_and_grads_of(losses)), batch(value_and_grads_of(jax.checkpoint(losses)))
+    for transformed in (
+        jax.jit(jax.vmap(plain)),
+        lambda *xs: jax.lax.scan(lambda _, x: (None, plain(*x)), None, xs)[1],
+        jax.jit(jax.vmap(remat)),
+    ):
+        value, dx, (dW, db) = transformed(*batches)
+        result = Result(value.reshape(24), dx.reshape(24, -1), dW.sum(axis=0), db.sum(axis=0))
+        assert_close(result, exact._replace(d_token_weights=None))
+
+
+@pytest.mark.parametrize("names", [EVERYTHING, f"none+{EVERYTHING}"], ids=["mean", "none"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_token_of_weight_zero_may_hold_nan(implementation, names):
+    case = make_case(names)
+    p, (T, _) = case.problem, case.problem.hidden.shape
+    absent = case.options["token_weights"] == 0
+    assert 3 < jnp.sum(absent) < T / 2
+    poisoned = p._replace(hidden=jnp.where(absent[:, None], jnp.nan, p.hidden))
+    options = {"num_chunks": 4, "implementation": implementation, "frozen": ("token_weights",)} | case.options
+    result = value_and_grads(poisoned, case.cotangent, **options)
+    exact = oracle(p, case.cotangent, **case.options)._replace(d_token_weights=None)
+    assert_close(result, exact)
+    assert np.all(result.d_hidden[absent] == 0)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_weights_that_are_all_zero_make_the_mean_zero(implementation):
+    case = make_case(EVERYTHING)
+    options = case.options | {"token_weights": jnp.zeros(33), "num_chunks": 4, "implementation": implementation}
+    result = value_and_grads(case.problem, **options)
+    chex.assert_trees_all_equal(result, jax.tree.map(np.zeros_like, result))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_masks_are_token_weights(implementation):
+    p = problem()
+    mask = jax.random.uniform(jax.random.key(1), (33,)) < 0.5
+    loss = functools.partial(lm_head_loss, *p, num_chunks=4, implementation=implementation)
+    for weights in (mask, mask.astype(jnp.int32), np.asarray(mask), mask.tolist(), mask.astype(jnp.bfloat16)):
+        np.testing.assert_allclose(loss(token_weights=weights), oracle(p, token_weights=mask).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_gradients_have_the_dtypes_of_their_operands(implementation):
+    """A float32 master weight and bias, bfloat16 hidden states and token weights."""
+    case = make_case(EVERYTHING, dtype=jnp.bfloat16)
+    weights = jnp.round(case.options["token_weights"] * 4) / 4  # exact in bfloat16
+    options = case.options | {"token_weights": weights.astype(jnp.bfloat16)}
+    options["bias"] = options["bias"].astype(jnp.float32)
+    master = case.problem._replace(weight=case.problem.weight.astype(jnp.float32))
+    result = value_and_grads(master, num_chunks=4, implementation=implementation, **options)  # asserts the dtypes
+    exact = oracle(case.problem, **options)
+    baseline = same_dtype_baseline(case.problem, **options)
+    weights_gradient = relative_error(result.d_token_weights, exact.d_token_weights)
+    assert weights_gradient < jnp.finfo(jnp.bfloat16).eps
+    assert_as_exact(result._replace(d_token_weights=exact.d_token_weights), exact, baseline, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("names", ["", "sum+", "none+", "normalizer+"], ids=["mean", "sum", "none", "normalizer"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_float64_is_float64_with_everything(implementation, names):
+    with jax.enable_x64():
+        case = make_case(names + EVERYTHING, dtype=jnp.float64)
+        options = case.options | {"token_weights": case.options["token_weights"].astype(jnp.float64)}
+        result = value_and_grads(case.problem, case.cotangent, num_chunks=4, implementation=implementation, **options)
+    exact = oracle(case.problem, case.cotangent, **options)
+    assert_close(result._replace(metrics=None), exact._replace(metrics=None), 1e-13)
+    assert_close(result.metrics, exact.metrics)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_per_token_losses_keep_the_leading_dimensions(implementation):
+    case = make_case(f"none+{EVERYTHING}", T=24)
+    x, weight, y = case.problem
+    weights = case.options["token_weights"].reshape(2, 3, 4)
+    options = case.options | {"num_chunks": 5, "implementation": implementation}
+    loss = jax.jit(lambda x, y, w: lm_head_loss(x, weight, y, **options | {"token_weights": w})[0])
+    losses = loss(x.reshape(2, 3, 4, -1), y.reshape(2, 3, 4), weights)
+    assert_close(losses, oracle(case.problem, **case.options).loss.reshape(2, 3, 4))
+    assert_close(loss(x[1], y[1], weights[0, 0, 1]), losses[0, 0, 1])  # no leading dimension at all
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_no_tokens_at_all_with_everything(implementation):
+    for names in (EVERYTHING, f"none+{EVERYTHING}"):
+        case = make_case(names)
+        nothing = Problem(case.problem.hidden[:0], case.problem.weight, case.problem.labels[:0])
+        options = case.options | {"token_weights": jnp.zeros(0), "num_chunks": 4, "implementation": implementation}
+        result = value_and_grads(nothing, **options)
+        chex.assert_trees_all_equal(result, jax.tree.map(np.zeros_like, result))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_bad_label_in_a_jitted_program_spoils_only_its_own_loss(implementation):
+    case = make_case("none+z_loss+bias")
+    p = case.problem
+    loss = jax.jit(functools.partial(lm_head_loss, num_chunks=4, implementation=implementation, **case.options))
+    losses = loss(p.hidden, p.weight, p.labels.at[5].set(97))
+    np.testing.assert_array_equal(jnp.isnan(losses), jnp.arange(33) == 5)
