@@ -62,12 +62,12 @@ def lm_head_loss(
     float32 operands are multiplied in full float32, never TF32.
 
     Autodiff: reverse mode, for hidden, weight, bias, token_weights, a traced normalizer and a traced logit_scale.
-    First derivatives ("xla" has second ones, the Pallas kernels have not); forward mode (`jax.jvp`, `jax.jacfwd`)
-    raises JAX's error for custom_vjp, except with "reference". `reduction="none"` computes the logits again in the
-    backward pass (8*T*D*V), because its cotangents have to be there before the sum over tokens. Inside
-    `jax.checkpoint` the three GEMMs run again; with gradient accumulation take the gradient inside the loop over
-    micro-batches, or every micro-batch's dW is kept. `vmap` works and multiplies the memory: leading dimensions of
-    `hidden` are cheaper.
+    First derivatives ("xla" has second ones too, but for mixed ones at a token weight or cotangent of 0; the Pallas
+    kernels have none); forward mode (`jax.jvp`, `jax.jacfwd`) raises JAX's error for custom_vjp, except with
+    "reference". `reduction="none"` computes the logits again in the backward pass (8*T*D*V), because its cotangents
+    have to be there before the sum over tokens; so does `jax.checkpoint` around the loss. With gradient accumulation
+    take the gradient inside the loop over micro-batches, or every micro-batch's dW is kept. `vmap` works and multiplies
+    the memory: leading dimensions of `hidden` are cheaper.
 
     Sharding: name mesh axes with `token_axis` and `vocab_axis`. Inside `jax.shard_map` (check_vma=True) over these
     axes, pass each device's tokens and its slice of the vocabulary: loss and denominator are those of all devices along

@@ -231,7 +231,7 @@ def _results(
 ) -> tuple[RowResults, RowStatistics]:
     """Every row's results, with the statistics behind them: one GEMM and one read of the logits a chunk."""
     W = weight.astype(config.compute_dtype)
-    labels = _live_labels(config, labels, row_weight, keep_weightless)
+    labels = _live_labels(config, hidden, labels, row_weight, keep_weightless)
 
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[RowResults, RowStatistics]]:
         x, y = chunk
@@ -272,7 +272,7 @@ def _gradients(
     dx_dtype = jnp.promote_types(types.hidden.dtype, config.accum_dtype) if sharded else types.hidden.dtype
     W = weight.astype(config.compute_dtype)
     kernels, options = config.row_kernels, config.row_options
-    labels = _live_labels(config, labels, row_weight, wanted.row_weight)
+    labels = _live_labels(config, hidden, labels, row_weight, wanted.row_weight)
 
     def step(carry: tuple, chunk: tuple[Array, Array, Array, RowStatistics | None]) -> tuple[tuple, tuple]:
         dW, db = carry
@@ -331,11 +331,16 @@ def _scan_chunks(
     return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_rows], outputs)
 
 
-def _live_labels(config: ChunkedConfig, labels: Array, row_weight: Array, keep_weightless: bool) -> Array:
-    """Rows of weight 0 drop out like ignored ones, unless their losses are needed: a mask may cover NaN."""
-    if keep_weightless or not config.weighted:
+def _live_labels(
+    config: ChunkedConfig, hidden: Array, labels: Array, row_weight: Array, keep_weightless: bool
+) -> Array:
+    """Rows of weight 0 drop out like ignored ones: a mask may cover NaN. Where losses are needed, only such do."""
+    if not config.weighted:
         return labels
-    return jnp.where(row_weight == 0, -1, labels)
+    dead = row_weight == 0
+    if keep_weightless:
+        dead &= ~jnp.all(jnp.isfinite(hidden), axis=-1)
+    return jnp.where(dead, -1, labels)
 
 
 def _live_rows(config: ChunkedConfig, x: Array, y: Array) -> Array:

@@ -300,6 +300,27 @@ def test_a_token_of_weight_zero_may_hold_nan(implementation, names):
     assert np.all(result.d_hidden[absent] == 0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_token_of_weight_zero_may_hold_nan_also_where_weights_are_differentiated(implementation, reduction):
+    """Its own loss is then not needed; the losses of other tokens of weight 0 are."""
+    p = problem(ignored=0.0)
+    weights = jnp.ones(33).at[4:9].set(0.0)
+    hidden = p.hidden.at[6].set(jnp.nan)
+    cotangent = jnp.arange(1.0, 34.0) if reduction == "none" else 1.0
+
+    def objective(hidden, weight, weights):
+        options = {"num_chunks": 4, "implementation": implementation, "reduction": reduction}
+        return jnp.sum(cotangent * lm_head_loss(hidden, weight, p.labels, token_weights=weights, **options))
+
+    dx, dW, dw = jax.jit(jax.grad(objective, (0, 1, 2)))(hidden, p.weight, weights)
+    exact = oracle(p, np.asarray(cotangent), token_weights=weights, reduction=reduction)
+    others = np.arange(33) != 6
+    assert_close((dx[others], dW, dw[others]), (exact.d_hidden[others], exact.d_weight, exact.d_token_weights[others]))
+    assert np.all(dx[6] == 0)
+    assert np.isfinite(dw[6])
+
+
 @pytest.mark.parametrize("implementation", ALL)
 def test_weights_that_are_all_zero_make_the_mean_zero(implementation):
     case = make_case(EVERYTHING)
