@@ -19,8 +19,9 @@ train: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python scripts/bench_lm_head.py $(ARGS)
 
+# Most of the tests' time is LLVM's, for programs that run once: it is told not to try hard.
 test: $(INSTALLED)
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto $(ARGS)
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(VENV)/bin/python -m pytest -n auto $(ARGS)
 
 # What needs an NVIDIA GPU, in one process: `make test-gpu EXTRA=cuda13`.
 test-gpu: $(INSTALLED)

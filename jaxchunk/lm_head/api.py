@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import checks, chunked, dispatch, reference, sharding
 from jaxchunk.lm_head.metrics import LMHeadMetrics, metrics_of, undifferentiable
-from jaxchunk.lm_head.rows import RowOptions
+from jaxchunk.lm_head.rows import RowOptions, statistics_dtype
 from jaxchunk.lm_head.sharding import AxisNames, Placement
 
 _logger = logging.getLogger("jaxchunk")
@@ -62,12 +62,12 @@ def lm_head_loss(
     float32 operands are multiplied in full float32, never TF32.
 
     Autodiff: reverse mode, for hidden, weight, bias, token_weights, a traced normalizer and a traced logit_scale.
-    First derivatives ("xla" has second ones too, but for mixed ones at a token weight or cotangent of 0; the Pallas
-    kernels have none); forward mode (`jax.jvp`, `jax.jacfwd`) raises JAX's error for custom_vjp, except with
-    "reference". `reduction="none"` computes the logits again in the backward pass (8*T*D*V), because its cotangents
-    have to be there before the sum over tokens; so does `jax.checkpoint` around the loss. With gradient accumulation
-    take the gradient inside the loop over micro-batches, or every micro-batch's dW is kept. `vmap` works and multiplies
-    the memory: leading dimensions of `hidden` are cheaper.
+    First derivatives ("xla" has second ones too, the Pallas kernels have not). Forward mode (`jax.jvp`, `jax.jacfwd`,
+    `jax.linearize`) raises JAX's error for custom_vjp, except with "reference" and without metrics.
+    `reduction="none"` computes the logits again in the backward pass (8*T*D*V), because its cotangents have to be there
+    before the sum over tokens; so does `jax.checkpoint` around the loss. With gradient accumulation take the gradient
+    inside the loop over micro-batches, or every micro-batch's dW is kept. `vmap` works and multiplies the memory:
+    leading dimensions of `hidden` are cheaper.
 
     Sharding: name mesh axes with `token_axis` and `vocab_axis`. Inside `jax.shard_map` (check_vma=True) over these
     axes, pass each device's tokens and its slice of the vocabulary: loss and denominator are those of all devices along
@@ -89,7 +89,8 @@ def lm_head_loss(
       ignore_index: tokens with this label contribute nothing, whatever their `hidden` holds.
       reduction: "mean" or "sum" over the tokens that are not ignored, or "none": a loss for each, 0 for ignored ones.
       token_weights: factor on each token's loss, not negative; a mask of bool or int will do. A weight of 0 leaves the
-        token out like `ignore_index`, except in the gradient for `token_weights`. A mean divides by their sum.
+        token out like `ignore_index`, whatever its label and `hidden`, except in the gradient for `token_weights`. A
+        mean divides by their sum.
       normalizer: for "mean", what the sum is divided by in place of this call's count of valid tokens (or sum of
         weights). With gradient accumulation pass the count over the whole batch. May be traced.
       bias: added to the scaled logits in float32.
@@ -118,44 +119,42 @@ def lm_head_loss(
     z-loss: Chowdhery et al., 2022 (PaLM), section 5; softcap: Gemma Team, 2024 (Gemma 2), section 2.
     """
     given_labels = labels if isinstance(labels, Array) else np.asarray(labels)  # jnp.asarray would narrow them
-    hidden, weight, labels = jnp.asarray(hidden), jnp.asarray(weight), jnp.asarray(given_labels)
-    compute_dtype = jnp.dtype(hidden.dtype if compute_dtype is None else compute_dtype)
+    hidden, weight = checks.as_array("hidden", hidden), checks.as_array("weight", weight)
+    labels = checks.as_array("labels", given_labels)
+    compute_dtype = checks.as_dtype("compute_dtype", hidden.dtype if compute_dtype is None else compute_dtype)
+    accum_dtype = checks.as_dtype("accum_dtype", accum_dtype)
     checks.check_operands(hidden, weight, labels, weight_layout)
-    checks.check_dtypes(compute_dtype, jnp.dtype(accum_dtype))
+    checks.check_dtypes(compute_dtype, accum_dtype)
     checks.check_num_chunks(num_chunks)
     checks.check_reduction(reduction, normalizer)
     vocab_dim = weight_layout.index("v")
     if isinstance(logit_scale, jax.core.Tracer):
         hidden, logit_scale = _scaled(hidden, logit_scale), 1.0
     if bias is not None:
-        bias = jnp.asarray(bias)
+        bias = checks.as_array("bias", bias)
         checks.check_bias(bias, weight.shape[vocab_dim])
-    statistics_dtype = jnp.promote_types(compute_dtype, jnp.float32)
     if token_weights is not None:
-        token_weights = jnp.asarray(token_weights)
+        token_weights = checks.as_array("token_weights", token_weights)
         checks.check_token_weights(token_weights, labels)
-        token_weights = token_weights.astype(statistics_dtype)
-    placement = sharding.place(token_axis, vocab_axis, hidden, weight, labels, vocab_dim)
-    vocab_size = weight.shape[vocab_dim] * sharding.slices(placement)
-    checks.check_label_values(given_labels, vocab_size, ignore_index)
+        token_weights = token_weights.astype(statistics_dtype(compute_dtype))
+    if normalizer is not None:
+        normalizer = jnp.asarray(normalizer)
+    operands = Operands(hidden, weight, labels, bias, token_weights, normalizer)
+    placement = sharding.place(token_axis, vocab_axis, operands, vocab_dim)
     options = RowOptions(
-        vocab_size=vocab_size,
+        vocab_size=weight.shape[vocab_dim] * sharding.slices(placement),
         logit_scale=checks.scale_in_range(logit_scale),
         softcap=checks.softcap_in_range(logit_softcap),
         label_smoothing=checks.smoothing_in_range(label_smoothing),
         z_loss=checks.z_loss_in_range(z_loss),
         metrics=with_metrics,
     )
+    checks.check_label_values(given_labels, token_weights, options.vocab_size, ignore_index)
     choice = dispatch.choose_implementation(implementation, compute_dtype=compute_dtype)
     dispatch.check_placement(choice, placement)
     if compute_dtype == jnp.float64:
-        accum_dtype = jnp.promote_types(accum_dtype, jnp.float64)
-    settings = _Settings(
-        num_chunks, choice, ignore_index, reduction, options, vocab_dim, compute_dtype, jnp.dtype(accum_dtype)
-    )
-    operands = Operands(
-        hidden, weight, labels, bias, token_weights, None if normalizer is None else jnp.asarray(normalizer)
-    )
+        accum_dtype = compute_dtype
+    settings = _Settings(num_chunks, choice, ignore_index, reduction, options, vocab_dim, compute_dtype, accum_dtype)
     loss, metrics = _loss(operands, settings, placement)
     return (loss, undifferentiable(metrics)) if with_metrics else loss
 
@@ -264,11 +263,12 @@ def _loss_here(operands: Operands, settings: _Settings, placement: Placement) ->
     labels, hidden = labels.reshape(num_tokens), hidden.reshape(num_tokens, hidden.shape[-1])
     if token_weights is not None:
         token_weights = token_weights.reshape(num_tokens)
-    if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
-        labels, hidden = jnp.full(1, settings.ignore_index), jnp.pad(hidden, ((0, 1), (0, 0)))
-        token_weights = None if token_weights is None else jnp.pad(token_weights, (0, 1))
     row_labels, row_weight = _rows(labels, token_weights, normalizer, settings, placement.token_axes)
-    chunk_rows, chunks = split_rows(labels.size, settings.num_chunks)
+    valid = row_labels >= 0 if token_weights is None else (row_labels >= 0) & (token_weights != 0)
+    if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
+        row_labels, row_weight, valid = jnp.full(1, -1), jnp.zeros(1, row_weight.dtype), jnp.zeros(1, bool)
+        hidden = jnp.pad(hidden, ((0, 1), (0, 0)))
+    chunk_rows, chunks = split_rows(row_labels.size, settings.num_chunks)
     implementation = settings.choice.implementation
     if chunks != settings.num_chunks and num_tokens and implementation != "reference":
         _logger.warning(
@@ -295,11 +295,11 @@ def _loss_here(operands: Operands, settings: _Settings, placement: Placement) ->
         loss, results = run(config, hidden, weight, bias, row_labels, row_weight)
     metrics = None
     if settings.row_options.metrics:
-        valid = row_labels >= 0 if token_weights is None else (row_labels >= 0) & (token_weights != 0)
         metrics = metrics_of(results, valid, settings.row_options.z_loss, placement.token_axes)
     return loss[:num_tokens].reshape(shape) if settings.reduction == "none" else loss, metrics
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))  # also for jax_debug_nans, which refuses the NaN of bad labels
 def _rows(
     labels: Array,
     token_weights: Array | None,
@@ -316,13 +316,16 @@ def _rows(
     valid = labels != settings.ignore_index if known else jnp.ones(labels.shape, bool)
     in_range = (labels >= 0) & (labels < settings.row_options.vocab_size)
     labels = labels.astype(jnp.int32)
-    dtype = jnp.promote_types(settings.compute_dtype, jnp.float32)
+    if token_weights is not None:
+        valid &= in_range | (token_weights != 0)  # a mask may cover labels that are none
+        token_weights = jnp.where(valid, token_weights, 0)
+    dtype = statistics_dtype(settings.compute_dtype)
     row_weight = jnp.ones((), dtype)
     if settings.reduction == "mean":
         if normalizer is not None:
             count = normalizer.astype(dtype)
         else:
-            count = jnp.sum(valid if token_weights is None else jnp.where(valid, token_weights, 0)).astype(dtype)
+            count = jnp.sum(valid if token_weights is None else token_weights).astype(dtype)
             count = lax.psum(count, token_axes) if token_axes else count
         row_weight = jnp.where(count == 0, 0.0, 1.0 / jnp.where(count == 0, 1.0, count))
     if token_weights is not None:
@@ -335,4 +338,5 @@ def _rows(
 def _scaled(hidden: Array, logit_scale: Array) -> Array:
     if logit_scale.ndim != 0:
         raise ValueError(f"logit_scale has shape {logit_scale.shape}; it must be a scalar")
-    return hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)) * logit_scale
+    dtype = statistics_dtype(hidden.dtype)
+    return hidden.astype(dtype) * logit_scale.astype(dtype)

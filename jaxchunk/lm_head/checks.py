@@ -44,6 +44,24 @@ def check_operands(hidden: Array, weight: Array, labels: Array, weight_layout: s
         raise ValueError(f"weight has shape {weight.shape}; the vocabulary must have at least one entry")
 
 
+def as_array(name: str, value: Any) -> Array:
+    """The operand as a JAX array."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be an array of numbers") from None
+
+
+def as_dtype(name: str, value: Any) -> jnp.dtype:
+    """The dtype that was named."""
+    try:
+        if value is None:
+            raise TypeError
+        return jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a floating-point dtype") from None
+
+
 def check_dtypes(compute_dtype: jnp.dtype, accum_dtype: jnp.dtype) -> None:
     """The dtypes that can be chosen."""
     if compute_dtype not in _DTYPES:
@@ -87,7 +105,7 @@ def smoothing_in_range(label_smoothing: Any) -> float:
 def z_loss_in_range(z_loss: Any) -> float:
     """`z_loss` as a float."""
     value = _number("z_loss", z_loss)
-    if not 0 <= value < np.inf:
+    if not 0 <= _as_float32(value) < np.inf:
         raise ValueError(f"z_loss is {z_loss}; it must be a finite number that is not negative")
     return value
 
@@ -97,7 +115,7 @@ def softcap_in_range(logit_softcap: Any) -> float | None:
     if logit_softcap is None:
         return None
     value = _number("logit_softcap", logit_softcap)
-    if not 0 < value < np.inf:
+    if not 0 < _as_float32(value) < np.inf:
         raise ValueError(f"logit_softcap is {logit_softcap}; it must be a finite number greater than 0, or None")
     return value
 
@@ -105,7 +123,7 @@ def softcap_in_range(logit_softcap: Any) -> float | None:
 def scale_in_range(logit_scale: Any) -> float:
     """`logit_scale` as a float."""
     value = _number("logit_scale", logit_scale)
-    if not 0 < value < np.inf:
+    if not 0 < _as_float32(value) < np.inf:
         raise ValueError(f"logit_scale is {logit_scale}; it must be a finite number greater than 0")
     return value
 
@@ -137,7 +155,7 @@ def check_token_weights(token_weights: Array, labels: Array) -> None:
         )
 
 
-def check_label_values(labels: ArrayLike, vocab_size: int, ignore_index: Any) -> None:
+def check_label_values(labels: ArrayLike, token_weights: Array | None, vocab_size: int, ignore_index: Any) -> None:
     """Checks labels whose values are known, before JAX narrows them to int32.
 
     Where a program is traced they are not known; a bad label turns the loss into NaN instead.
@@ -146,12 +164,10 @@ def check_label_values(labels: ArrayLike, vocab_size: int, ignore_index: Any) ->
         raise TypeError(
             f"ignore_index is {ignore_index!r}; it must be a Python int (-100 where no label is to be ignored)"
         )
-    if not is_known(labels):
+    if not is_known(labels) or (token_weights is not None and not is_known(token_weights)):
         return
-    values = np.asarray(labels)
-    if values.dtype.kind not in "iu":
-        return  # refused by its dtype
-    bad = values[(values != ignore_index) & ((values < 0) | (values >= vocab_size))]
+    values, counted = np.asarray(labels), True if token_weights is None else np.asarray(token_weights) != 0
+    bad = values[(values != ignore_index) & ((values < 0) | (values >= vocab_size)) & counted]
     if bad.size:
         raise ValueError(
             f"labels hold {bad.size} values outside [0, {vocab_size}), the first is {bad.flat[0]}; "
@@ -166,9 +182,16 @@ def is_known(values: ArrayLike) -> bool:
     )
 
 
+def _as_float32(value: float) -> np.float32:
+    with np.errstate(over="ignore", under="ignore"):
+        return np.float32(value)
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
         value = value.item()
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {np.shape(value)}; it must be a scalar")
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} is {value!r}; it must be a Python number (it shapes the program)")
     return float(value)

@@ -111,7 +111,7 @@ def _weighted_loss_backward(config: ChunkedConfig, residuals: Any, cotangents: A
         return None, None, None, None, None
     types, gradients = residuals
     dx, dW, db, dw = (
-        type_.gradient(cotangent * gradient) if gradient.size else None
+        type_.gradient(cotangent * gradient.astype(cotangent.dtype)) if gradient.size else None
         for type_, gradient in zip(types, gradients, strict=True)
     )
     return dx, dW, db, None, dw
@@ -134,7 +134,7 @@ def _token_losses(
 def _token_losses_forward(config: ChunkedConfig, *operands: Any) -> tuple[Any, Any]:
     wanted = _wanted(operands)
     *_, row_weight = values = _values(operands)
-    results, statistics = _results(config, *values, keep_weightless=wanted.row_weight)
+    results, statistics = _results(config, *values)
     marks = [jnp.zeros(int(is_wanted)) for is_wanted in wanted]
     residuals = _types(operands), marks, values, statistics, results.loss
     return (_weighted(row_weight, results.loss), results), residuals
@@ -147,11 +147,11 @@ def _token_losses_backward(config: ChunkedConfig, residuals: Any, cotangents: An
     types, marks, (hidden, weight, bias, labels, row_weight), statistics, loss = residuals
     wanted = _Wanted(*(bool(mark.size) for mark in marks))
     dw = types.row_weight.gradient(_weighted(cotangent, loss)) if wanted.row_weight else None
-    # Rows that nobody asks about drop out, whatever they hold.
-    live = (labels >= 0) & (cotangent != 0) & (row_weight != 0)
-    labels = jnp.where(live, labels, -1)
+    row_weight = cotangent * row_weight
+    labels = _live_labels(hidden, labels, row_weight)
+    live = labels >= 0
     statistics = jax.tree.map(lambda field: jnp.where(live, field, 1), statistics)
-    row_weight = jnp.where(live, cotangent * row_weight, 0)
+    row_weight = jnp.where(live, row_weight, 0)
     _, gradients = _gradients(config, types, wanted, hidden, weight, bias, labels, row_weight, statistics)
     dx, dW, db = (
         None if gradient is None else type_.gradient(gradient)
@@ -226,12 +226,11 @@ def _results(
     bias: Array | None,
     labels: Array,
     row_weight: Array,
-    *,
-    keep_weightless: bool = False,
 ) -> tuple[RowResults, RowStatistics]:
     """Every row's results, with the statistics behind them: one GEMM and one read of the logits a chunk."""
     W = weight.astype(config.compute_dtype)
-    labels = _live_labels(config, hidden, labels, row_weight, keep_weightless)
+    if config.weighted:
+        labels = _live_labels(hidden, labels, row_weight)
 
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[RowResults, RowStatistics]]:
         x, y = chunk
@@ -268,11 +267,13 @@ def _gradients(
       row_weight: w.
       statistics: where they are known already, of the same operands.
     """
-    sharded = bool(config.vocab_axes)  # then dX is still to be summed, and rounding comes last
-    dx_dtype = jnp.promote_types(types.hidden.dtype, config.accum_dtype) if sharded else types.hidden.dtype
+    dx_dtype = types.hidden.dtype
+    if config.vocab_axes:  # dX is still to be summed, and rounding comes last
+        dx_dtype = max(jnp.dtype(dx_dtype), jnp.dtype(config.accum_dtype), key=lambda dtype: dtype.itemsize)
     W = weight.astype(config.compute_dtype)
     kernels, options = config.row_kernels, config.row_options
-    labels = _live_labels(config, hidden, labels, row_weight, wanted.row_weight)
+    if config.weighted:
+        labels = _live_labels(hidden, labels, row_weight)
 
     def step(carry: tuple, chunk: tuple[Array, Array, Array, RowStatistics | None]) -> tuple[tuple, tuple]:
         dW, db = carry
@@ -331,16 +332,12 @@ def _scan_chunks(
     return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_rows], outputs)
 
 
-def _live_labels(
-    config: ChunkedConfig, hidden: Array, labels: Array, row_weight: Array, keep_weightless: bool
-) -> Array:
-    """Rows of weight 0 drop out like ignored ones: a mask may cover NaN. Where losses are needed, only such do."""
-    if not config.weighted:
-        return labels
-    dead = row_weight == 0
-    if keep_weightless:
-        dead &= ~jnp.all(jnp.isfinite(hidden), axis=-1)
-    return jnp.where(dead, -1, labels)
+def _live_labels(hidden: Array, labels: Array, row_weight: Array) -> Array:
+    """Rows of weight 0 drop out like ignored ones where `hidden` is not finite: a mask may cover NaN.
+
+    The others stay: their losses are the gradients of their weights.
+    """
+    return jnp.where((row_weight == 0) & ~jnp.all(jnp.isfinite(hidden), axis=-1), -1, labels)
 
 
 def _live_rows(config: ChunkedConfig, x: Array, y: Array) -> Array:

@@ -44,7 +44,7 @@ def metrics_of(
     return LMHeadMetrics(
         count,
         *(
-            total(values) / jnp.maximum(count, 1)
+            total(values) / jnp.maximum(count, 1).astype(lse.dtype)
             for values in (results.correct.astype(lse.dtype), lse, z_loss * lse**2, results.entropy)
         ),
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxchunk.lm_head.rows import RowOptions, RowResults
+from jaxchunk.lm_head.rows import RowOptions, RowResults, statistics_dtype
 
 
 def token_losses(
@@ -20,7 +20,7 @@ def token_losses(
 
     float32 or wider, whatever comes in; rows with label -1 contribute nothing.
     """
-    dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, weight.dtype), jnp.float32)
+    dtype = statistics_dtype(max(hidden.dtype, weight.dtype, key=lambda dtype: dtype.itemsize))
     # A row of weight 0 keeps its loss, for the gradient of its weight, unless there is none to speak of.
     live = (labels >= 0) & ((row_weight != 0) | jnp.all(jnp.isfinite(hidden), axis=-1))
     x = jnp.where(live[:, None], hidden, 0).astype(dtype)

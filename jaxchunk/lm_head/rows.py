@@ -93,6 +93,11 @@ class RowCoefficients(NamedTuple):
     uniform: Array | None
 
 
+def statistics_dtype(dtype: Any) -> jnp.dtype:
+    """What statistics of logits of this dtype are kept in."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 def initial_max(dtype: Any) -> float:
     """A finite stand-in for -inf, so that `z - m` stays defined in a row without any column but the label's."""
     return float(jnp.finfo(dtype).min) / 2
@@ -138,7 +143,7 @@ def transformed(raw: Array, bias: Array | None, options: RowOptions, math: Math)
 
 def combined(statistics: RowStatistics, axis_names: tuple[str, ...]) -> RowStatistics:
     """Statistics of whole rows from those of their slices over mesh axes: one pmax, one psum."""
-    m = lax.pmax(statistics.m, axis_names)
+    m = lax.pmax(lax.stop_gradient(statistics.m), axis_names)  # any m will do: nothing depends on it
     fall = statistics.m - m
     ratio = jnp.exp(fall)
     parts = statistics._replace(n=statistics.n * ratio)
@@ -183,7 +188,8 @@ def results(statistics: RowStatistics, options: RowOptions) -> RowResults:
     if statistics.q is not None:
         correct = statistics.z_y >= statistics.m  # sum_j p_j (lse - z_j): no term is negative
         others = row.n * (row.log_s - row.fall) - statistics.q * jnp.exp(row.fall)
-        entropy = (row.label * cross_entropy + others) / row.s
+        own = jnp.where(row.label > 0, row.label * cross_entropy, 0)  # a bias of -inf on the label: 0 * inf
+        entropy = (own + others) / row.s
     return RowResults(loss, lse, correct, entropy)
 
 

@@ -29,10 +29,14 @@ class Placement(NamedTuple):
     leading: tuple[Any, ...] = ()
 
 
-def place(
-    token_axis: AxisNames, vocab_axis: AxisNames, hidden: Array, weight: Array, labels: Array, vocab_dim: int
-) -> Placement:
-    """Settles on axes and mesh: the ones named, or those that Explicit types of `hidden` and `weight` hold.
+def place(token_axis: AxisNames, vocab_axis: AxisNames, operands: Any, vocab_dim: int) -> Placement:
+    """Settles on axes and mesh: the ones named, or those that the types of operands over Explicit axes hold.
+
+    Args:
+      token_axis: as given to the loss.
+      vocab_axis: as given to the loss.
+      operands: `api.Operands`.
+      vocab_dim: the dimension of the weight that is V.
 
     Raises:
       ValueError: an axis does not exist, does not divide what it shards, or is used in a way that would give wrong
@@ -45,25 +49,30 @@ def place(
             f"token_axis is {token_axis!r} and vocab_axis {vocab_axis!r}; an axis can shard one of the two"
         )
     context = jax.sharding.get_abstract_mesh()
+    hidden, weight = operands.hidden, operands.weight
     mesh = _mesh_of(context, hidden, weight)
     leading: tuple[Any, ...] = ()
     if not token_axes and not vocab_axes:
-        token_axes, vocab_axes, leading = _explicit_axes(hidden, weight, vocab_dim)
-    if not token_axes and not vocab_axes:
-        return Placement()
+        if not any(_axes_of(array) for array in operands if array is not None):
+            return Placement()
+        token_axes, vocab_axes, leading = _explicit_axes(operands, vocab_dim)
     for option, axes in (("token_axis", token_axes), ("vocab_axis", vocab_axes)):
         for axis in axes:
             if axis not in mesh.axis_names:
                 raise ValueError(f"{option} is {axis!r}; {_axes_in_words(mesh)}")
-    manual = set(context.manual_axes)
-    if {*token_axes, *vocab_axes} <= manual:
-        _check_manual(token_axes, vocab_axes, hidden, weight, labels)
+    named, manual = {*token_axes, *vocab_axes}, set(context.manual_axes)
+    if named and named <= manual:
+        _check_manual(token_axes, vocab_axes, operands)
         return Placement(token_axes, vocab_axes)
+    if named & manual:
+        raise ValueError(
+            f"token_axis is {token_axis!r} and vocab_axis {vocab_axis!r}: of these only {', '.join(named & manual)} is "
+            "manual in this jax.shard_map; make all of them manual (axis_names), or none"
+        )
     if not leading and hidden.ndim > 1:
-        leading = (tuple(axis for axis in token_axes if axis not in manual) or None,)
-    sliced = tuple(axis for axis in vocab_axes if axis not in manual)
+        leading = (token_axes or None,)
     _check_division("token_axis", token_axes, "leading dimensions of hidden", hidden.shape[:-1], leading, mesh)
-    _check_division("vocab_axis", vocab_axes, "vocabulary of", (weight.shape[vocab_dim],), (sliced or None,), mesh)
+    _check_division("vocab_axis", vocab_axes, "vocabulary of", (weight.shape[vocab_dim],), (vocab_axes or None,), mesh)
     return Placement(token_axes, vocab_axes, mesh, leading)
 
 
@@ -79,8 +88,7 @@ def over_mesh(
       vocab_dim: the dimension of the weight that is V.
       per_token: whether the loss has the labels' shape.
     """
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-    sliced = tuple(axis for axis in placement.vocab_axes if axis not in manual) or None
+    sliced = placement.vocab_axes or None
     by_token = PartitionSpec(*placement.leading)
     specs = type(operands)(
         hidden=by_token,
@@ -93,13 +101,19 @@ def over_mesh(
     present = type(operands)(*(s if o is not None else None for s, o in zip(specs, operands, strict=True)))
     mesh = placement.mesh
     if AxisType.Explicit in mesh.axis_types:  # there the types must agree with the specs
-        operands = jax.tree.map(lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), operands, present)
+        explicit = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+
+        def as_typed(array: Array, spec: PartitionSpec) -> Array:
+            entries = (tuple(axis for axis in _entry(entry) if axis in explicit) or None for entry in spec)
+            return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*entries)))
+
+        operands = jax.tree.map(as_typed, operands, present)
     return jax.shard_map(
         function,
         mesh=None if mesh == jax.sharding.get_abstract_mesh() else mesh,
         in_specs=(present,),
         out_specs=(by_token if per_token else PartitionSpec(), PartitionSpec()),
-        axis_names=set(mesh.axis_names) - manual,
+        axis_names=set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes),
     )(operands)
 
 
@@ -113,6 +127,8 @@ def _names(option: str, axis: AxisNames) -> tuple[str, ...]:
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{option} is {axis!r}; it must be the name of a mesh axis, or a tuple of names")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{option} is {axis!r}; it must name every axis once")
     return names
 
 
@@ -122,23 +138,26 @@ def _mesh_of(context: Any, *arrays: Array) -> Any:
     return next((mesh for mesh in meshes if mesh.axis_names), context)
 
 
-def _explicit_axes(
-    hidden: Array, weight: Array, vocab_dim: int
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
+def _explicit_axes(operands: Any, vocab_dim: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
     """Axes that Explicit types shard the tokens and the vocabulary over. Under FSDP the tokens' axes win."""
-    leading = tuple(jax.typeof(hidden).sharding.spec)[:-1]
+    per_token = (tuple(jax.typeof(a).sharding.spec) for a in (operands.labels, operands.token_weights) if a is not None)
+    candidates = (tuple(jax.typeof(operands.hidden).sharding.spec)[:-1], *per_token)
+    leading = next((spec for spec in candidates if any(spec)), candidates[0])
     token_axes = tuple(axis for entry in leading for axis in _entry(entry))
-    sliced = _entry(tuple(jax.typeof(weight).sharding.spec)[vocab_dim])
+    sliced = _entry(tuple(jax.typeof(operands.weight).sharding.spec)[vocab_dim])
     return token_axes, tuple(axis for axis in sliced if axis not in token_axes), leading
+
+
+def _axes_of(array: Array) -> tuple[str, ...]:
+    """Explicit axes that the array's type is sharded over."""
+    return tuple(axis for entry in jax.typeof(array).sharding.spec for axis in _entry(entry))
 
 
 def _entry(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _check_manual(
-    token_axes: tuple[str, ...], vocab_axes: tuple[str, ...], hidden: Array, weight: Array, labels: Array
-) -> None:
+def _check_manual(token_axes: tuple[str, ...], vocab_axes: tuple[str, ...], operands: Any) -> None:
     for axis in (*token_axes, *vocab_axes):
         if axis not in varying_axes(lax.axis_index(axis)):
             raise ValueError(
@@ -146,22 +165,26 @@ def _check_manual(
                 "its sums come out wrong without a word; use check_vma=True (the default)"
             )
     for axis in token_axes:
-        if axis not in varying_axes(hidden, labels):
+        if axis not in varying_axes(operands.hidden, operands.labels):
             raise ValueError(f"token_axis is {axis!r} and hidden and labels are the same on all of its devices")
     for axis in vocab_axes:
-        if axis not in varying_axes(weight):
+        if axis not in varying_axes(operands.weight):
             raise ValueError(
                 f"vocab_axis is {axis!r} and weight is the same on all of its devices, not a slice on each"
             )
-        if axis in varying_axes(labels):
-            raise ValueError(f"vocab_axis is {axis!r} and labels differ between its devices; they must be the same")
+        for name in ("labels", "token_weights", "normalizer"):
+            array = getattr(operands, name)
+            if array is not None and axis in varying_axes(array):
+                raise ValueError(
+                    f"vocab_axis is {axis!r} and {name} may differ between its devices (its type says so: "
+                    f"{jax.typeof(array)}); it must be the same on all of them: pass it replicated over {axis!r}"
+                )
 
 
 def _check_division(
     option: str, axes: tuple[str, ...], what: str, shape: tuple[int, ...], spec: tuple[Any, ...], mesh: Any
 ) -> None:
-    named = {axis for entry in spec for axis in _entry(entry)}
-    if set(axes) - named - set(jax.sharding.get_abstract_mesh().manual_axes):
+    if set(axes) - {axis for entry in spec for axis in _entry(entry)}:
         names = ", ".join(map(repr, axes))
         raise ValueError(f"{option} is {names} and hidden has shape [D]; there is no dimension of tokens to shard")
     for size, entry in zip(shape, spec, strict=False):

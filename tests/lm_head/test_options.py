@@ -395,3 +395,72 @@ def test_a_bad_label_in_a_jitted_program_spoils_only_its_own_loss(implementation
     loss = jax.jit(functools.partial(lm_head_loss, num_chunks=4, implementation=implementation, **case.options))
     losses = loss(p.hidden, p.weight, p.labels.at[5].set(97))
     np.testing.assert_array_equal(jnp.isnan(losses), jnp.arange(33) == 5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_interpret"])
+def test_a_mask_may_cover_labels_that_are_none(implementation, reduction):
+    """Padding marked by a mask of 0 and 1 often has label -1, and weights that were normalised over nothing are NaN."""
+    p = problem(ignored=0.0)
+    mask = jnp.ones(33).at[4:9].set(0.0)
+    options = {"num_chunks": 4, "implementation": implementation, "reduction": reduction}
+    padded = p.labels.at[4:9].set(-1)
+    expected = lm_head_loss(*p, token_weights=mask, **options)
+    np.testing.assert_array_equal(lm_head_loss(p.hidden, p.weight, padded, token_weights=mask, **options), expected)
+    jitted = jax.jit(lambda labels, mask: lm_head_loss(p.hidden, p.weight, labels, token_weights=mask, **options))
+    np.testing.assert_allclose(jitted(padded, mask), expected, rtol=1e-6)
+    ignored = p.labels.at[4:9].set(IGNORE)
+    gradient = jax.jit(jax.grad(lambda mask: jnp.sum(jitted(ignored, mask))))(mask.at[5].set(jnp.nan))
+    assert jnp.all(jnp.isfinite(gradient))
+
+
+@pytest.mark.parametrize("names", [EVERYTHING, f"none+{EVERYTHING}"], ids=["mean", "none"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_interpret"])
+def test_strict_promotion_and_nan_checks(implementation, names):
+    case = make_case(names, dtype=jnp.bfloat16)
+    options = {"num_chunks": 4, "implementation": implementation} | case.options
+
+    def objective(hidden, weight):
+        loss, metrics = lm_head_loss(hidden, weight, case.problem.labels, **options)
+        return 3 * jnp.sum(loss), metrics
+
+    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        gradients, _ = jax.grad(objective, (0, 1), has_aux=True)(case.problem.hidden, case.problem.weight)
+        jitted, _ = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(case.problem.hidden, case.problem.weight)
+    for eager, compiled in zip(gradients, jitted, strict=True):
+        assert relative_error(eager, compiled) < 1e-2
+
+
+def test_second_derivatives_where_a_weight_or_a_cotangent_is_zero():
+    p = problem(T=8, D=6, V=31, ignored=0.0)
+    weights = jnp.ones(8).at[3].set(0.0)
+    direction = jax.random.normal(jax.random.key(3), p.hidden.shape)
+
+    def of_weights(weights, implementation, reduction):
+        def loss(hidden):
+            options = {"reduction": reduction, "implementation": implementation, "num_chunks": 2}
+            return jnp.sum(lm_head_loss(hidden, p.weight, p.labels, token_weights=weights, **options))
+
+        return jnp.sum(jax.grad(loss)(p.hidden) * direction)
+
+    def of_cotangent(cotangent, implementation):
+        losses = functools.partial(lm_head_loss, reduction="none", implementation=implementation, num_chunks=2)
+        return jnp.sum(jax.vjp(lambda x: losses(x, p.weight, p.labels), p.hidden)[1](cotangent)[0] * direction)
+
+    for reduction in ("sum", "none"):
+        exact = jax.grad(of_weights)(weights, "reference", reduction)
+        np.testing.assert_allclose(jax.grad(of_weights)(weights, "xla", reduction), exact, rtol=1e-4, atol=1e-5)
+    exact = jax.grad(of_cotangent)(jnp.zeros(8), "reference")
+    np.testing.assert_allclose(jax.grad(of_cotangent)(jnp.zeros(8), "xla"), exact, rtol=1e-4, atol=1e-5)
+    assert jnp.all(exact != 0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_interpret"])
+def test_entropy_where_the_label_is_masked_out(implementation):
+    p = problem(T=4, ignored=0.0)
+    bias = jnp.zeros(97).at[p.labels[0]].set(-jnp.inf)
+    _, metrics = lm_head_loss(*p, bias=bias, with_metrics=True, implementation=implementation)
+    z = np.asarray(p.hidden @ p.weight.T, np.float64) + np.asarray(bias)
+    softmax = np.exp(z - np.log(np.exp(z).sum(axis=1, keepdims=True)))
+    entropy = -np.sum(softmax * np.log(np.where(softmax > 0, softmax, 1)), axis=1)
+    np.testing.assert_allclose(metrics.mean_entropy, entropy.mean(), rtol=1e-5)

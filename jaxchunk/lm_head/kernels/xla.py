@@ -59,7 +59,7 @@ def statistics_and_gradients(
 
 
 def _transformed(raw: Array, bias: Array | None, options: RowOptions) -> tuple[Array, Array | None]:
-    z = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
+    z = raw.astype(rows.statistics_dtype(raw.dtype))
     bias = None if bias is None else bias.astype(z.dtype)[None, :]
     math = rows.EXACT if raw.dtype.itemsize >= 4 else rows.Math(jnp.exp, jax.nn.sigmoid)
     return rows.transformed(z, bias, options, math)
