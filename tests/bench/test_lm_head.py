@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,6 +38,16 @@ def test_every_case_is_the_loss_that_it_says():
     np.testing.assert_allclose(dx_of_dv, dx, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(dW_of_dv.T, dW, rtol=1e-5, atol=1e-7)
     assert len(values["xla, 3 chunks, bias"][1]) == 3
+
+
+def test_the_vocabulary_over_several_devices():
+    config = dataclasses.replace(CONFIG, vocab=96, chunks=(2,), vocab_devices=2)
+    programs = list(lm_head.compile_variants(config, limit_bytes=None))[2:]
+    plain, sharded = (program.variant for program in programs)
+    assert sharded.name == "xla, 2 chunks, vocabulary over 2 GPUs"
+    assert (plain.watched, sharded.watched) == (True, False)  # whose energy is not that of one GPU
+    for one, two in zip(jax.tree.leaves(plain.call()), jax.tree.leaves(sharded.call()), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
 
 
 def test_what_does_not_fit_is_left_out_with_a_word(caplog):
