@@ -178,7 +178,7 @@ def test_the_row_kernel_is_right_in_place(V, block):
     options = RowOptions(V, softcap=5.0)
     config = triton.RowKernelConfig(block=block)
     kernel = functools.partial(
-        triton._both_passes_kernel, row=triton._Row.of(V, config, options, has_bias=False, interpret=True)
+        triton._both_passes_kernel, row=triton._Row.of(V, config, options, has_bias=False, exact=True, interpret=True)
     )
 
     def in_place(z_ref, y_ref, w_ref, m_ref, n_ref, z_y_ref, dz_ref):

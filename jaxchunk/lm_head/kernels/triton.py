@@ -121,7 +121,8 @@ def _call(
     if with_gradients:
         out_shape.append(out(raw.shape, raw.dtype))
         out_specs.append(row)
-    how = _Row.of(V, config, options, has_bias=bias is not None, interpret=interpret)
+    exact = raw.dtype.itemsize >= 4
+    how = _Row.of(V, config, options, has_bias=bias is not None, exact=exact, interpret=interpret)
     outputs = pl.pallas_call(
         functools.partial(kernel, row=how),
         grid=(C,),
@@ -148,15 +149,23 @@ class _Row:
     num_warps: int
     options: RowOptions
     has_bias: bool
+    exact: bool  # logits are stored in 32 bits: nothing vanishes beside their rounding
     interpret: bool
 
     @classmethod
     def of(
-        cls, num_columns: int, config: RowKernelConfig, options: RowOptions, *, has_bias: bool, interpret: bool
+        cls,
+        num_columns: int,
+        config: RowKernelConfig,
+        options: RowOptions,
+        *,
+        has_bias: bool,
+        exact: bool,
+        interpret: bool,
     ) -> "_Row":
         block = min(config.block, 1 << (num_columns.bit_length() - 1))  # the largest power of two that fits
         num_warps = max(1, min(config.num_warps, block // 256))  # 8 elements a thread, 16 bytes of bf16
-        return cls(num_columns, block, num_warps, options, has_bias, interpret)
+        return cls(num_columns, block, num_warps, options, has_bias, exact, interpret)
 
     @property
     def num_blocks(self) -> int:
@@ -164,12 +173,14 @@ class _Row:
 
     @property
     def is_bounded(self) -> bool:
+        """Whether the first pass needs no maximum; log n then carries an error of 1e-7 softcap."""
         softcap = self.options.softcap
-        return softcap is not None and softcap <= _LARGEST_OFFSET and not self.options.metrics
+        return softcap is not None and softcap <= _LARGEST_OFFSET and not self.options.metrics and not self.exact
 
-    def math(self, z_ref: Any) -> rows.Math:
+    @property
+    def math(self) -> rows.Math:
         """Special functions for the dtype that logits are stored in."""
-        if z_ref.dtype.itemsize >= 4:
+        if self.exact:
             return rows.EXACT
         return rows.Math(jnp.exp, jax.nn.sigmoid) if self.interpret else rows.Math(_exp, _sigmoid)
 
@@ -232,7 +243,7 @@ def _first_pass(z_ref: Any, y: Array, bias_ref: Any | None, row: "_Row") -> RowS
 
 def _online_first_pass(z_ref: Any, y: Array, bias_ref: Any | None, row: "_Row") -> RowStatistics:
     """A running maximum and sums relative to it in every lane (all sums without the label's column)."""
-    low, exp = rows.initial_max(jnp.float32), row.math(z_ref).exp
+    low, exp = rows.initial_max(jnp.float32), row.math.exp
 
     def accumulate(start: Array | int, skip: Array, carry: RowStatistics) -> RowStatistics:
         logits, _ = _load(z_ref, bias_ref, pl.ds(start, row.block), row)
@@ -274,7 +285,7 @@ def _online_first_pass(z_ref: Any, y: Array, bias_ref: Any | None, row: "_Row") 
 
 def _bounded_first_pass(z_ref: Any, y: Array, bias_ref: Any | None, row: "_Row") -> RowStatistics:
     """Where a softcap c bounds the logits, exp(z - c) can neither overflow nor vanish: no maximum is needed."""
-    softcap, exp = row.options.softcap, row.math(z_ref).exp
+    softcap, exp = row.options.softcap, row.math.exp
     assert softcap is not None
 
     def accumulate(start: Array | int, skip: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -292,7 +303,7 @@ def _bounded_first_pass(z_ref: Any, y: Array, bias_ref: Any | None, row: "_Row")
 def _second_pass(
     z_ref: Any, y: Array, bias_ref: Any | None, coefficients: RowCoefficients, dz_ref: Any, row: "_Row"
 ) -> None:
-    exp = row.math(z_ref).exp
+    exp = row.math.exp
 
     def overwrite(start: Array | int, is_label: Array, mask: Array | None) -> None:
         z, slope = _load(z_ref, bias_ref, pl.ds(start, row.block), row)
@@ -311,7 +322,7 @@ def _load(z_ref: Any, bias_ref: Any | None, where: Any, row: "_Row") -> tuple[Ar
     """Logits with the softcap's slope (`rows.transformed`), float32."""
     raw = plgpu.load(z_ref.at[where]).astype(jnp.float32)
     bias = None if bias_ref is None else plgpu.load(bias_ref.at[where])
-    return rows.transformed(raw, bias, row.options, row.math(z_ref))
+    return rows.transformed(raw, bias, row.options, row.math)
 
 
 def _exp(x: Array) -> Array:
