@@ -15,7 +15,6 @@ docs/loss.md derives what the options add.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -155,7 +154,9 @@ def _softcapped(u: Array, e: Array, c: float) -> Array:
     if u.dtype == jnp.float64:
         return c * jnp.tanh(u / c)
     x2 = (u / c) ** 2
-    series = functools.reduce(lambda partial, coefficient: partial * x2 + coefficient, _TANH_SERIES)
+    series = x2 * _TANH_SERIES[0] + _TANH_SERIES[1]
+    for coefficient in _TANH_SERIES[2:]:
+        series = series * x2 + coefficient
     near_0 = u + u * (x2 * series)
     capped = c - 2.0 * c * (e / (1.0 + e))
     return jnp.where(x2 < _TANH_SERIES_END**2, near_0, jnp.where(u < 0, -capped, capped))
