@@ -22,18 +22,20 @@ class RunDirectory:
     is to be overwritten stays until then.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False):
+    def __init__(self, path: str | Path, *, overwrite: bool = False, go_on: bool = False):
         """Checks the directory.
 
         Args:
           path: where to; parents are created.
           overwrite: replace a run that is there already. Only a directory that holds a run is ever cleared.
+          go_on: go on with the run that is there, if there is one: nothing is cleared.
 
         Raises:
           InputError: the directory cannot be written, holds a run, or holds something else.
         """
         self.path = Path(path)
         self._overwrite = overwrite
+        self._go_on = go_on
         self._streams: dict[str, IO[str]] = {}
         self._check_free()
         existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
@@ -43,8 +45,17 @@ class RunDirectory:
         except OSError as error:
             raise InputError(f"out_dir {self.path} cannot be written: {error.strerror or error}") from None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a run here that is gone on with."""
+        return self._go_on and (self.path / _MARKER).exists()
+
     def __enter__(self) -> "RunDirectory":
         self._check_free()  # again: another run may have come first
+        if self.goes_on:
+            for lines in self.path.glob("*.jsonl"):
+                cut_to_whole_lines(lines)
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for old in self.path.iterdir():
@@ -67,6 +78,11 @@ class RunDirectory:
         temporary.write_text(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
         temporary.replace(self.path / name)
 
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote as `name`; None where there is no such file."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Appends one line to the JSON-lines file `name`; it is with the operating system before this returns.
 
@@ -83,7 +99,7 @@ class RunDirectory:
             return
         if not (self.path / _MARKER).exists():
             raise InputError(f"out_dir {self.path} is not empty and holds no run; choose another directory")
-        if not self._overwrite:
+        if not self._overwrite and not self._go_on:
             raise InputError(f"out_dir {self.path} already holds a run; choose another, or pass --overwrite")
 
 
@@ -105,6 +121,14 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def cut_to_whole_lines(path: Path) -> None:
+    """Removes what a kill left of a last line, so that more lines can follow."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
 
 
 def _finite(value: Any) -> Any:

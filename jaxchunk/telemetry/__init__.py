@@ -7,8 +7,11 @@ No numerics import this package, and it imports none of them (the watcher only w
         ...
         window = monitor.window(start_s, end_s)  # .energy_j is None, with a reason, where it is not known
 
-`Monitor` is the facade; `NvmlDevice` and `SimulatedDevice` are the devices; `curve` and `energy` say how a window's
-joules and their error bound are made; `CompletionWatcher` tells when a step was complete.
+`Monitor` is the facade, `GroupMonitor` that of several devices; `NvmlDevice` and `SimulatedDevice` are devices.
+Readings flow one way: `sampler` and `schedule` (when to read what) -> `tracks` (what readings add up to) -> `window`
+(what is said of a stretch of time); `curve`, `energy` and `ticks` say how joules and their error bound are made,
+`recording` keeps the readings for `Monitor.replay`. `CompletionWatcher` tells when a step was complete.
+`python -m jaxchunk.telemetry doctor` says what a machine can measure.
 """
 
 from jaxchunk.telemetry.device import (
@@ -22,20 +25,25 @@ from jaxchunk.telemetry.device import (
     ReadFailed,
     probe,
 )
-from jaxchunk.telemetry.monitor import Monitor, Window, open_monitor
+from jaxchunk.telemetry.group import AnyMonitor, GroupMonitor, open_monitor
+from jaxchunk.telemetry.monitor import Monitor
 from jaxchunk.telemetry.nvml import NvmlDevice, all_devices, find_device
-from jaxchunk.telemetry.sampler import EnergySource
 from jaxchunk.telemetry.samples import Samples
 from jaxchunk.telemetry.simulated import SimulatedDevice
+from jaxchunk.telemetry.tracks import EnergySource
 from jaxchunk.telemetry.watcher import CompletionWatcher
+from jaxchunk.telemetry.window import CrossCheck, Window
 
 __all__ = [
     "CALLS",
     "THROTTLE_REASONS",
+    "AnyMonitor",
     "CompletionWatcher",
+    "CrossCheck",
     "Device",
     "DeviceNotFound",
     "EnergySource",
+    "GroupMonitor",
     "Monitor",
     "NotSupported",
     "NvmlDevice",

@@ -1,12 +1,13 @@
 """Cumulative quantities over time: knots, the places where they must not be interpolated, and differences."""
 
+import math
 from array import array
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
 # A pause between two readings is a gap when it is longer than both of these.
-GAP_PERIODS = 5
+GAP_PERIODS = 2.5
 GAP_MIN_S = 0.5
 
 
@@ -65,6 +66,10 @@ class CumulativeCurve:
         if self._values and value < self._values[-1]:
             self._add_break(self._times_s[-1], time_s, f"{self.what} went backwards (reset or driver reload)")
         self._append(time_s, value)
+
+    def expect_every(self, period_s: float) -> None:
+        """Readings will be so far apart on purpose: only a longer pause is a gap."""
+        self._gap_limit_s = max(self._gap_limit_s, GAP_PERIODS * period_s)
 
     def difference(self, start_s: float, end_s: float) -> Difference:
         """Growth from `start_s` to `end_s`."""
@@ -126,6 +131,8 @@ class CumulativeCurve:
         continuous = last_s is None or start_s - last_s <= self._gap_limit_s
         if last_s is not None and not continuous:
             self._add_break(last_s, start_s, self._gap_reason(start_s - last_s))
+        if last_s is not None and start_s < last_s:
+            self._add_break(start_s, math.nextafter(last_s, math.inf), "the clock went backwards")
         self.last_error = None
         return continuous
 

@@ -13,12 +13,13 @@ CALLS = (
     "temperature_c",
     "throttle_s",
     "power_limit_w",
+    "sm_clock_max_mhz",
 )
 
 # The clock-event reasons whose time is counted. The others (idle, application clocks) are no throttling.
 THROTTLE_REASONS = ("sw_power_cap", "sw_thermal", "hw_thermal", "hw_power_brake", "sync_boost")
 
-Reading = float | dict[str, float]
+Value = float | dict[str, float]
 
 
 class ReadError(Exception):
@@ -73,6 +74,9 @@ class Device(Protocol):
     def power_limit_w(self) -> float:
         """The power limit in force, in W."""
 
+    def sm_clock_max_mhz(self) -> float:
+        """The highest clock that the streaming multiprocessors can have, in MHz."""
+
     def describe(self) -> dict[str, object]:
         """What identifies the device, for `env.json`."""
 
@@ -83,7 +87,7 @@ class Probe:
 
     status: Literal["supported", "not_supported", "failed"]
     reason: str | None = None
-    value: Reading | None = None
+    value: Value | None = None
 
     @property
     def supported(self) -> bool:
@@ -95,7 +99,7 @@ class Probe:
         return label if self.reason is None else f"{label} ({self.reason})"
 
 
-def read(device: Device, call: str) -> Reading:
+def read(device: Device, call: str) -> Value:
     """Makes one call by its name in `CALLS`.
 
     Raises:

@@ -3,6 +3,7 @@
 import ctypes
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -53,10 +54,25 @@ def find_device(jax_device: JaxDevice) -> "NvmlDevice":
     identity = cuda_uuid(ordinal)
     nvml = _load_nvml()
     try:
-        handle = nvml.nvmlDeviceGetHandleByUUID(identity)
+        return NvmlDevice(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}"))
     except nvml.NVMLError as error:
-        raise DeviceNotFound(f"NVML does not know {identity}: {_error_name(nvml, error.value)}") from error
-    return NvmlDevice(nvml, handle)
+        reason = _error_name(nvml, error.value)
+    with suppress(nvml.NVMLError):
+        return _mig_device(nvml, nvml.nvmlDeviceGetHandleByUUID(f"MIG-{identity}"))
+    with suppress(nvml.NVMLError, DeviceNotFound):
+        return NvmlDevice(nvml, nvml.nvmlDeviceGetHandleByPciBusId(cuda_pci_bus_id(ordinal)))
+    raise DeviceNotFound(f"NVML does not know GPU-{identity}, nor its PCI address: {reason}")
+
+
+def _mig_device(nvml: ModuleType, mig_handle: Any) -> "NvmlDevice":
+    """The GPU of a MIG slice: NVML has meters for the whole GPU only."""
+    parent = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(mig_handle)
+    slices = 0
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(parent)):
+        with suppress(nvml.NVMLError):
+            nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, index)
+            slices += 1
+    return NvmlDevice(nvml, parent, mig_slices=slices)
 
 
 def all_devices() -> "list[NvmlDevice]":
@@ -72,7 +88,39 @@ def all_devices() -> "list[NvmlDevice]":
 
 
 def cuda_uuid(ordinal: int) -> str:
-    """UUID of a CUDA device as NVML spells it, `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`.
+    """UUID of a CUDA device, in hexadecimal; NVML writes `GPU-` before it or, for a MIG slice, `MIG-`.
+
+    Raises:
+      DeviceNotFound: libcuda is missing or refuses.
+    """
+    octets = (ctypes.c_ubyte * 16)()
+
+    def ask(cuda: ctypes.CDLL, device: ctypes.c_int) -> int:
+        # With MIG only _v2 tells the slice apart; drivers before 11.4 have only the first.
+        get_uuid = getattr(cuda, "cuDeviceGetUuid_v2", None) or cuda.cuDeviceGetUuid
+        return int(get_uuid(ctypes.byref(octets), device))
+
+    _ask_cuda(ordinal, "cuDeviceGetUuid", ask)
+    return str(uuid.UUID(bytes=bytes(octets)))
+
+
+def cuda_pci_bus_id(ordinal: int) -> str:
+    """PCI address of a CUDA device, as `0000:01:00.0`.
+
+    Raises:
+      DeviceNotFound: libcuda is missing or refuses.
+    """
+    text = ctypes.create_string_buffer(32)
+    _ask_cuda(
+        ordinal,
+        "cuDeviceGetPCIBusId",
+        lambda cuda, device: int(cuda.cuDeviceGetPCIBusId(text, ctypes.c_int(len(text)), device)),
+    )
+    return text.value.decode()
+
+
+def _ask_cuda(ordinal: int, name: str, ask: Callable[[ctypes.CDLL, ctypes.c_int], int]) -> None:
+    """Asks libcuda about a device; JAX has started it, or it starts without a context.
 
     Raises:
       DeviceNotFound: libcuda is missing or refuses.
@@ -81,20 +129,16 @@ def cuda_uuid(ordinal: int) -> str:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise DeviceNotFound(f"libcuda.so.1 cannot be loaded: {error}") from error
-    # With MIG only _v2 tells the slice apart; drivers before 11.4 have only the first.
-    get_uuid = getattr(cuda, "cuDeviceGetUuid_v2", None) or cuda.cuDeviceGetUuid
     device = ctypes.c_int()
-    octets = (ctypes.c_ubyte * 16)()
     steps: tuple[tuple[str, Callable[[], int]], ...] = (
         ("cuInit", lambda: cuda.cuInit(ctypes.c_uint(0))),
         ("cuDeviceGet", lambda: cuda.cuDeviceGet(ctypes.byref(device), ctypes.c_int(ordinal))),
-        ("cuDeviceGetUuid", lambda: get_uuid(ctypes.byref(octets), device)),
+        (name, lambda: ask(cuda, device)),
     )
     for step, call in steps:
         status = call()
         if status != 0:
             raise DeviceNotFound(f"{step} for CUDA device {ordinal} failed with CUresult {status}")
-    return f"GPU-{uuid.UUID(bytes=bytes(octets))}"
 
 
 def _load_nvml() -> ModuleType:
@@ -110,6 +154,10 @@ def _load_nvml() -> ModuleType:
     return module
 
 
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _error_name(nvml: ModuleType, code: int) -> str:
     for name, value in vars(nvml).items():
         if name.startswith("NVML_ERROR_") and value == code:
@@ -123,9 +171,11 @@ class NvmlDevice:
     Where a quantity has two ways to be read, the first call finds the way that works and later calls keep to it.
     """
 
-    def __init__(self, nvml: ModuleType, handle: Any):
+    def __init__(self, nvml: ModuleType, handle: Any, *, mig_slices: int = 0):
+        """Takes a handle; `mig_slices` is how many MIG slices the GPU is cut into, where JAX runs on one of them."""
         self._nvml = nvml
         self._handle = handle
+        self._mig_slices = mig_slices
         self.name: str = self._call("nvmlDeviceGetName")
         self.uuid: str = self._call("nvmlDeviceGetUUID")
         self._read_average: Callable[[], float] | None = None
@@ -134,14 +184,17 @@ class NvmlDevice:
 
     def total_energy_j(self) -> float:
         """See `Device`."""
+        self._refuse_shared_meter()
         return float(self._call("nvmlDeviceGetTotalEnergyConsumption")) * ENERGY_UNIT_J
 
     def power_instant_w(self) -> float:
         """See `Device`."""
+        self._refuse_shared_meter()
         return self._power_field(self._nvml.NVML_FI_DEV_POWER_INSTANT)
 
     def power_average_w(self) -> float:
         """See `Device`. The field value, or nvmlDeviceGetPowerUsage where the field is not there."""
+        self._refuse_shared_meter()
         if self._read_average is None:
             ways = (
                 lambda: self._power_field(self._nvml.NVML_FI_DEV_POWER_AVERAGE),
@@ -169,6 +222,10 @@ class NvmlDevice:
         """See `Device`."""
         return float(self._call("nvmlDeviceGetEnforcedPowerLimit")) * POWER_UNIT_W
 
+    def sm_clock_max_mhz(self) -> float:
+        """See `Device`."""
+        return float(self._call("nvmlDeviceGetMaxClockInfo", self._nvml.NVML_CLOCK_SM))
+
     def throttle_s(self) -> dict[str, float]:
         """See `Device`. From field values; a reason without one from nvmlDeviceGetViolationStatus."""
         if self._throttle_fields is None:
@@ -186,6 +243,15 @@ class NvmlDevice:
             seconds[reason] = violation.violationTime * THROTTLE_UNIT_S
         return seconds
 
+    def compute_processes(self) -> list[tuple[int, int | None]]:
+        """Process ids that compute on the GPU, with the bytes of its memory that each holds where that is known.
+
+        Raises:
+          NotSupported, ReadFailed: NVML does not say.
+        """
+        processes = self._call("nvmlDeviceGetComputeRunningProcesses")
+        return [(int(process.pid), process.usedGpuMemory) for process in processes]
+
     def has_own_memory(self) -> bool:
         """Whether the GPU has memory apart from the host's; NVML reports no memory for a DGX Spark's."""
         try:
@@ -199,12 +265,15 @@ class NvmlDevice:
     def describe(self) -> dict[str, object]:
         """See `Device`. What the GPU does not tell is None, and `<key>_null_reason` says why."""
         queries: dict[str, Callable[[], object]] = {
+            "pci_bus_id": lambda: _text(self._call("nvmlDeviceGetPciInfo").busId),
             "driver_version": lambda: self._call("nvmlSystemGetDriverVersion", device=False),
             "cuda_driver_version": self._cuda_driver_version,
             "power_limit_w": self.power_limit_w,
             "memory_total_bytes": lambda: int(self._call("nvmlDeviceGetMemoryInfo").total),
         }
         facts: dict[str, object] = {"name": self.name, "uuid": self.uuid}
+        if self._mig_slices:
+            facts["mig_slices"] = self._mig_slices
         for key, query in queries.items():
             try:
                 facts[key] = query()
@@ -212,6 +281,10 @@ class NvmlDevice:
                 facts[key] = None
                 facts[f"{key}_null_reason"] = error.reason
         return facts
+
+    def _refuse_shared_meter(self) -> None:
+        if self._mig_slices > 1:
+            raise NotSupported(f"{self._mig_slices} MIG slices share this GPU's meters")
 
     def _cuda_driver_version(self) -> str:
         version = self._call("nvmlSystemGetCudaDriverVersion_v2", device=False)  # 13000 is 13.0

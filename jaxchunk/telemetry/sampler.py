@@ -3,143 +3,160 @@
 import math
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
-from jaxchunk.telemetry.curve import CumulativeCurve
-from jaxchunk.telemetry.device import Device, Probe, ReadError, Reading, read
-from jaxchunk.telemetry.energy import CounterCurve, PowerIntegral, no_power_samples
-from jaxchunk.telemetry.samples import SampleFile, SampleLog
+from jaxchunk.telemetry.device import Device, Probe, ReadError, ReadFailed, Value, read
+from jaxchunk.telemetry.energy import CounterCurve
+from jaxchunk.telemetry.rails import Rail
+from jaxchunk.telemetry.reading import Reading
+from jaxchunk.telemetry.schedule import CounterSchedule
+from jaxchunk.telemetry.tracks import RAIL_PERIOD_S, SAMPLE_CALLS, THROTTLE_PERIOD_S, Tracks
 
-EnergySource = Literal["nvml_total_energy", "nvml_power_instant", "nvml_power_average"]
-
-THROTTLE_PERIOD_S = 0.1
-MAX_QUIET_S = 0.25  # longest the energy counter is left alone between two ticks; well below what counts as a gap
-# nvml.h, nvmlDeviceGetPowerUsage: "averaged over 1 sec interval" from Ampere on (except GA100).
-POWER_AVERAGING_S = 1.0
+STOP_TIMEOUT_S = 10.0  # a driver that has lost its GPU can keep a call for ever
+RETRY_S = 0.1  # after an error in the sampler itself
 
 
-@dataclass
-class ReadErrors:
-    """Failures of one call since the start, after a probe that worked."""
+class Sink(Protocol):
+    """A file that readings go to; its errors are counted under `name`."""
 
-    count: int = 0
-    last_reason: str = ""
+    name: str
+
+    def add(self, reading: Reading) -> None:
+        """Takes a reading. Raises OSError where the disk refuses."""
+
+    def close(self) -> None:
+        """Writes what is buffered. Raises OSError where the disk refuses."""
 
 
 class Sampler:
-    """Reads what the probes found to work, each thing at its period, into curves and samples.
+    """Reads what the probes found to work, each thing at its period, into `tracks` and into files.
 
     `poll_once` does what is due; the thread only calls it and sleeps, and tests call it with a clock of their
-    own. A reading that fails is counted in `errors` and leaves a hole: it is never 0 and never ends the thread.
+    own. A reading that fails is counted and leaves a hole: it is never 0 and never ends the thread.
     The samples of power are taken at random intervals of `sample_period_s` +- 50%, because a fixed one can fall
     in step with a device whose power swings at the rhythm of its kernels.
     """
 
     def __init__(
         self,
-        device: Device,
+        device: Device | None,
         probes: Mapping[str, Probe],
-        energy_source: EnergySource | None,
+        tracks: Tracks,
         *,
         now: Callable[[], float],
         poll_period_s: float,
         sample_period_s: float,
-        csv_path: Path | str | None = None,
+        rails: Sequence[Rail] = (),
+        sinks: Sequence[Sink] = (),
         seed: int = 0,
+        cpu_time: Callable[[], float] = time.thread_time,
     ):
         self._device = device
         self._supported = {call for call, result in probes.items() if result.supported}
+        self.tracks = tracks
         self._now = now
-        self._poll_period_s = poll_period_s
+        self._cpu_time = cpu_time
         self._sample_period_s = sample_period_s
+        self._rails = list(rails)
+        self._sinks = list(sinks)
         self._random = random.Random(seed)
+        self._schedule = CounterSchedule(poll_period_s)
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop, self._wake, self._running = threading.Event(), threading.Event(), threading.Event()
+        self._running.set()
         self._thread: threading.Thread | None = None
-        self._last_energy_j = math.nan
-        self._start_s: float | None = None
-        self._file = None if csv_path is None else SampleFile(csv_path)
-        self.errors: dict[str, ReadErrors] = {}
-        self.log = SampleLog()
-        self.energy = self._energy_curve(energy_source)
-        self.throttle: dict[str, CumulativeCurve] = {}
-        if "throttle_s" in self._supported:
-            counters = probes["throttle_s"].value
-            assert isinstance(counters, dict)
-            self.throttle = {
-                reason: CumulativeCurve(f"throttle time ({reason})", THROTTLE_PERIOD_S) for reason in counters
-            }
-        self._due_s = {"sample": -math.inf}
-        if isinstance(self.energy, CounterCurve):
-            self._due_s["poll"] = -math.inf
-        if self.throttle:
+        self.cpu_s = 0.0
+        self._due_s: dict[str, float] = {}
+        self._polled_s = -math.inf
+        self._counter_pause_s = 0.0
+        if device is not None:
+            self._due_s["sample"] = -math.inf
+        if isinstance(tracks.energy, CounterCurve):
+            self._due_s["counter"] = -math.inf
+        if tracks.throttle:
             self._due_s["throttle"] = -math.inf
-
-    def _energy_curve(self, source: EnergySource | None) -> CounterCurve | PowerIntegral | None:
-        if source == "nvml_total_energy":
-            # Averaged power hides the extremes that the bound needs.
-            instant = "power_instant_w" in self._supported
-            power_range = self.log.power_range if instant else no_power_samples
-            return CounterCurve(self._poll_period_s, power_range=power_range)
-        if source == "nvml_power_instant":
-            return PowerIntegral(self._sample_period_s)
-        if source == "nvml_power_average":
-            return PowerIntegral(self._sample_period_s, averaging_s=POWER_AVERAGING_S)
-        return None
+        if self._rails:
+            self._due_s["rails"] = -math.inf
 
     @contextmanager
-    def reading(self) -> Iterator["Sampler"]:
+    def reading(self) -> Iterator[Tracks]:
         """Holds the sampler still while its curves and samples are looked at."""
         with self._lock:
-            yield self
+            yield self.tracks
 
-    def forget_before(self, time_s: float) -> None:
-        """Drops what no window starting at or after `time_s` needs."""
-        margin_s = POWER_AVERAGING_S  # samples just before a window enter its bound
-        self.log.forget_before(time_s - margin_s)
-        for curve in (*self.throttle.values(), *([] if self.energy is None else [self.energy])):
-            curve.forget_before(time_s - margin_s)
+    def attend(self) -> None:
+        """Says that a window begins or ends about now: the counter's next ticks are worth their price."""
+        with self._lock:
+            curve = self.tracks.energy
+            if isinstance(curve, CounterCurve) and self._schedule.attend(self._now(), curve):
+                grid, now_s = curve.grid, self._now()
+                assert grid.period_s is not None
+                self._due_s["counter"] = min(self._due_s["counter"], grid.nearest(now_s) + 1.5 * grid.period_s)
+            if "throttle" in self._due_s:
+                self._due_s["throttle"] = -math.inf
+            self._wake.set()
 
-    def start(self, zero_s: float) -> None:
-        """Starts the thread; times in the file are counted from `zero_s`."""
-        if self._thread is not None:
-            return
-        self._start_s = zero_s
-        self._thread = threading.Thread(target=self._run, name="jaxchunk-telemetry", daemon=True)
-        self._thread.start()
+    def start(self) -> None:
+        """Starts the thread."""
+        if self._thread is None and self._due_s:
+            self._thread = threading.Thread(target=self._run, name="jaxchunk-telemetry", daemon=True)
+            self._thread.start()
+
+    def pause(self) -> None:
+        """Reads nothing until `resume`."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Reads again."""
+        self._running.set()
 
     def stop(self) -> None:
-        """Ends the thread and closes the file. What was read stays."""
+        """Ends the thread and closes the files. What was read stays."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as error:
-                self._count_error("telemetry.csv", str(error))
-            self._file = None
+        self._running.set()
+        self._wake.set()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(STOP_TIMEOUT_S)
+            if thread.is_alive():
+                self._count_error("sampler", f"a reading had not ended {STOP_TIMEOUT_S:g} s after the stop")
+        for sink in list(self._sinks):
+            with self._disk_errors(sink):
+                sink.close()
+        self._sinks.clear()
 
     def _run(self) -> None:
-        while not self._stop.wait(self.poll_once()):
-            pass
+        while not self._stop.is_set():
+            self._running.wait()
+            start_s = self._cpu_time()
+            try:
+                wait_s = self.poll_once()
+            except Exception as error:  # a defect is reported: it does not end the measurement in silence
+                self._count_error("sampler", f"{type(error).__name__}: {error}")
+                wait_s = RETRY_S
+            self.cpu_s += self._cpu_time() - start_s
+            self._wake.wait(wait_s)
+            self._wake.clear()
 
     def poll_once(self) -> float:
         """Does what is due now and returns the seconds until something is due again."""
-        if self._start_s is None:
-            self._start_s = self._now()
-        if isinstance(self.energy, CounterCurve) and self._is_due("poll", self._poll_period_s):
-            self._poll_counter(self.energy)
+        now_s = self._now()
+        if now_s < self._polled_s:  # the clock went backwards; the curves say so at the next reading
+            self._due_s.update(dict.fromkeys(self._due_s, now_s))
+        self._polled_s = now_s
+        if now_s >= self._due_s.get("counter", math.inf):
+            self._read_counter()
         if self._is_due("sample", self._sample_period_s * (0.5 + self._random.random())):
             self._sample()
         if self._is_due("throttle", THROTTLE_PERIOD_S):
-            self._read_throttle()
-        return max(min(self._due_s.values()) - self._now(), 0.0)
+            self._keep(self._read("throttle_s"))
+        if self._is_due("rails", RAIL_PERIOD_S):
+            for rail in self._rails:
+                self._keep(self._ask(f"rail:{rail.name}", rail.read))
+        return max(min(self._due_s.values(), default=math.inf) - self._now(), 0.0)
 
     def _is_due(self, task: str, period_s: float) -> bool:
         now_s = self._now()
@@ -150,74 +167,83 @@ class Sampler:
         self._due_s[task] = (now_s if late else self._due_s[task]) + period_s
         return True
 
-    def _poll_counter(self, curve: CounterCurve) -> None:
-        start_s = self._now()
-        energy_j = self._read("total_energy_j")
-        end_s = self._now()
-        self._last_energy_j = _number(energy_j)
+    def _read_counter(self) -> None:
+        start_s = self._cpu_time()
+        reading = self._read("total_energy_j")
+        cost_s = self._cpu_time() - start_s
+        self._keep(reading)
         with self._lock:
-            if isinstance(energy_j, float):
-                curve.add_reading(start_s, end_s, energy_j)
-                # The call takes 3 ms of processor time on an H200: none are spent where no tick is expected.
-                quiet_s = min(curve.earliest_next_tick_s() - end_s, MAX_QUIET_S)
-                self._due_s["poll"] = max(self._due_s["poll"], end_s + quiet_s)
-            else:
-                curve.last_error = self.errors["total_energy_j"].last_reason
+            curve = self.tracks.energy
+            assert isinstance(curve, CounterCurve)
+            due_s = self._due_s["counter"] = self._schedule.next_s(curve, reading.end_s, cost_s)
+        if due_s - reading.end_s > self._counter_pause_s:
+            self._counter_pause_s = due_s - reading.end_s
+            self._keep(Reading("counter_pause", reading.end_s, reading.end_s, self._counter_pause_s))
 
     def _sample(self) -> None:
-        power_call = "power_instant_w" if "power_instant_w" in self._supported else "power_average_w"
+        """Power, clock and temperature as one reading, which lasts as long as that of the power."""
+        sample: dict[str, float] = {}
+        start_s = end_s = self._now()
+        for name, calls in SAMPLE_CALLS.items():
+            call = next((call for call in calls if call in self._supported), None)
+            if call is None:
+                continue
+            reading = self._read(call)
+            if name == "power_w":
+                end_s = reading.end_s
+            if isinstance(reading.value, float):
+                sample[name] = reading.value
+            else:
+                self._keep(reading)
+        self._keep(Reading("sample", start_s, end_s, sample))
+
+    def _read(self, call: str) -> Reading:
+        device = self._device
+        assert device is not None
+        return self._ask(call, lambda: read(device, call))
+
+    def _ask(self, call: str, question: Callable[[], Value]) -> Reading:
         start_s = self._now()
-        power = self._read(power_call)
-        time_s = (start_s + self._now()) / 2
-        sample = {
-            "power_w": _number(power),
-            "sm_clock_mhz": _number(self._read("sm_clock_mhz")),
-            "temperature_c": _number(self._read("temperature_c")),
-        }
-        with self._lock:
-            self.log.add(time_s, **sample)
-            if isinstance(self.energy, PowerIntegral):
-                if isinstance(power, float):
-                    self.energy.add(time_s, power)
-                elif power_call in self.errors:
-                    self.energy.last_error = self.errors[power_call].last_reason
-        if self._file is not None:
-            row = sample | {"total_energy_j": self._last_energy_j}
-            self._write(self._file, time_s - (self._start_s or 0.0), row)
-
-    def _read_throttle(self) -> None:
-        time_s = self._now()
-        counters = self._read("throttle_s")
-        with self._lock:
-            for reason, curve in self.throttle.items():
-                if isinstance(counters, dict) and reason in counters:
-                    curve.add(time_s, counters[reason])
-
-    def _read(self, call: str) -> Reading | None:
-        """One reading, or None where the probe found the call missing or it fails now."""
-        if call not in self._supported:
-            return None
         try:
-            return read(self._device, call)
+            value = _finite(question())
         except ReadError as error:
-            self._count_error(call, error.reason)
-            return None
+            return Reading(call, start_s, self._now(), None, error.reason)
+        except Exception as error:  # of a rail, or of an answer that is no number
+            return Reading(call, start_s, self._now(), None, f"{type(error).__name__}: {error}")
+        return Reading(call, start_s, self._now(), value)
 
-    def _write(self, file: SampleFile, since_start_s: float, row: dict[str, float]) -> None:
+    def _keep(self, reading: Reading) -> None:
+        with self._lock:
+            self.tracks.ingest(reading)
+        for sink in list(self._sinks):
+            with self._disk_errors(sink):
+                sink.add(reading)
+
+    @contextmanager
+    def _disk_errors(self, sink: Sink) -> Iterator[None]:
         """A full disk ends the file, not the measurement."""
         try:
-            file.add(since_start_s, row)
-        except OSError as error:
-            self._count_error("telemetry.csv", str(error))
-            self._file = None
-            with suppress(OSError):
-                file.close()
+            yield
+        except Exception as error:
+            self._count_error(sink.name, str(error))
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+            with suppress(Exception):
+                sink.close()
 
-    def _count_error(self, call: str, reason: str) -> None:
-        errors = self.errors.setdefault(call, ReadErrors())
-        errors.count += 1
-        errors.last_reason = reason
+    def _count_error(self, name: str, reason: str) -> None:
+        with self._lock:
+            self.tracks.ingest(Reading(name, self._now(), self._now(), None, reason))
 
 
-def _number(reading: Reading | None) -> float:
-    return reading if isinstance(reading, float) else math.nan
+def _finite(value: Value) -> Value:
+    """Plain floats.
+
+    Raises:
+      ReadFailed: one of them is infinite or not a number.
+    """
+    numbers = {name: float(x) for name, x in value.items()} if isinstance(value, dict) else {"": float(value)}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ReadFailed(f"the answer is {number}" + (f" for {name}" if name else ""))
+    return numbers if isinstance(value, dict) else numbers[""]

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxchunk.errors import InputError
+from jaxchunk.run_dir import cut_to_whole_lines
+from jaxchunk.telemetry.reading import Reading
 
 CSV_COLUMNS = ("time_s", "power_w", "sm_clock_mhz", "temperature_c", "total_energy_j")
 CSV_FLUSH_S = 1.0
@@ -66,6 +68,11 @@ class SampleLog:
         distance_s = np.maximum(start_s - near.time_s, near.time_s - end_s)
         return float(values[known][np.argmin(distance_s[known])])
 
+    def longest_pause_s(self, start_s: float, end_s: float) -> float:
+        """Longest time without a sample between two times."""
+        inside = self._time_s[bisect_left(self._time_s, start_s) : bisect_right(self._time_s, end_s)]
+        return float(np.max(np.diff(np.array([start_s, *inside, end_s]))))
+
     def last(self, column: str, end_s: float, *, reach_s: float) -> float | None:
         """The last value of a column at or before `end_s`, not older than `reach_s`."""
         values = getattr(self.between(end_s - reach_s, end_s), column)
@@ -83,22 +90,40 @@ class SampleLog:
 class SampleFile:
     """`telemetry.csv`: one row a sample, times from the start of the run, an empty field for what is missing."""
 
-    def __init__(self, path: Path | str):
-        """Creates the file.
+    name = "telemetry.csv"
+
+    def __init__(self, path: Path | str, *, append: bool = False):
+        """Creates the file, or goes on with one that is there (`append`); times are counted from `zero_s`.
 
         Raises:
           InputError: it cannot be written.
         """
+        self.zero_s = 0.0
         try:
-            self._file = Path(path).open("w", newline="", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            if append and Path(path).exists():
+                cut_to_whole_lines(Path(path))
+            going_on = append and Path(path).exists() and Path(path).stat().st_size > 0
+            self._file = Path(path).open("a" if going_on else "w", newline="", encoding="utf-8")  # noqa: SIM115 (close)
         except OSError as error:
             raise InputError(f"cannot write telemetry to {path}: {error.strerror}") from error
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(CSV_COLUMNS)
+        if not going_on:
+            self._writer.writerow(CSV_COLUMNS)
         self._flushed_s = -math.inf
+        self._energy_j = math.nan
 
-    def add(self, time_s: float, sample: dict[str, float]) -> None:
-        """Adds a row. Raises OSError where the disk refuses."""
+    def add(self, reading: Reading) -> None:
+        """Adds a row for a sample, and remembers the energy counter for the next one.
+
+        Raises:
+          OSError: the disk refuses.
+        """
+        if reading.call == "total_energy_j":
+            self._energy_j = reading.value if isinstance(reading.value, float) else math.nan
+        if reading.call != "sample" or not isinstance(reading.value, dict):
+            return
+        time_s = (reading.start_s + reading.end_s) / 2 - self.zero_s
+        sample = reading.value | {"total_energy_j": self._energy_j}
         values = (sample.get(column, math.nan) for column in CSV_COLUMNS[1:])
         # Three decimals: NVML counts milliwatts and millijoules.
         fields = ("" if math.isnan(value) else f"{value:.3f}".rstrip("0").rstrip(".") for value in values)

@@ -176,6 +176,11 @@ class SimulatedDevice:
         self._answer("power_limit_w")
         return 700.0
 
+    def sm_clock_max_mhz(self) -> float:
+        """See `Device`."""
+        self._answer("sm_clock_max_mhz")
+        return 1800.0
+
     def describe(self) -> dict[str, object]:
         """See `Device`."""
         return {"name": self.name, "uuid": self.uuid, "simulated": True}

@@ -7,12 +7,12 @@ import jax
 
 import jaxchunk
 from jaxchunk.models import qwen2
-from jaxchunk.telemetry import Monitor
+from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.plan import Plan
 
 
-def describe_run(plan: Plan, monitor: Monitor, path: Path) -> str:
+def describe_run(plan: Plan, monitor: AnyMonitor, path: Path) -> str:
     """The banner: everything that was chosen, and why."""
     config, dataset, programs = plan.config, plan.dataset, plan.programs
     model, device = qwen2.SIZES[config.model], jax.devices()[0]

@@ -66,6 +66,8 @@ class TrainConfig:
     """Where config, records and figures go. Default: a new directory under runs/."""
     overwrite: bool = False
     """Replace a run that out_dir holds."""
+    record_telemetry: bool = False
+    """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
     cache_dir: str | None = None
     """Where tokenizers and tokenised data are kept. Default: jaxchunk under the user's cache directory."""
 

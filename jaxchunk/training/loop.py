@@ -14,7 +14,7 @@ from jaxchunk import data, environment, plotting
 from jaxchunk.errors import RunFailedError
 from jaxchunk.models import qwen2
 from jaxchunk.run_dir import RunDirectory, new_run_path
-from jaxchunk.telemetry import CompletionWatcher, Monitor, Samples, Window, open_monitor
+from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, Samples, Window, open_monitor
 from jaxchunk.training import banner
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
@@ -45,13 +45,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config.out_dir or new_run_path(f"{config.model}-{config.lmhead_chunks}chunks"), overwrite=config.overwrite
     )
     plan = prepare(config, device)
-    with run, open_monitor(device, csv_path=run.path / "telemetry.csv") as monitor:
+    record_path = run.path / "telemetry-readings.jsonl" if config.record_telemetry else None
+    with run, open_monitor(device, csv_path=run.path / "telemetry.csv", record_path=record_path) as monitor:
         run.write_json("config.json", dataclasses.asdict(config))
         about = environment.describe_environment(monitor.describe())
         run.write_json("env.json", about | {"chosen": plan.choices(), "data": plan.describe_data()})
         print(banner.describe_run(plan, monitor, run.path), flush=True)
         summary = _Training(plan, run, monitor).run()
         summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        summary["sampler_cpu_s"] = monitor.sampler_cpu_s
         summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
         run.write_json("summary.json", summary)
         figure = plotting.plot_training(run.path)
@@ -78,7 +80,7 @@ class _Completed:
 class _Training:
     """The state of the loop. Steps run in stretches between validations; energy is known for each."""
 
-    def __init__(self, plan: Plan, run: RunDirectory, monitor: Monitor):
+    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor):
         self._config, self._programs, self._split, self._run = plan.config, plan.programs, plan.split, run
         self._batches, self._monitor = plan.batches, monitor
         self._records: list[StepRecord] = []
@@ -116,6 +118,7 @@ class _Training:
     def _train_stretch(self, state: Any, first: int, last: int) -> Any:
         """Runs steps `first` to `last`; the device always has the next step before the last one's metrics are read."""
         start_s = self._monitor.now()
+        self._monitor.attend()
         in_flight: deque[tuple[int, StepMetrics]] = deque()
         previous_end_s = start_s
         try:
@@ -130,6 +133,7 @@ class _Training:
                 previous_end_s = self._complete(*in_flight.popleft(), previous_end_s)
         finally:  # an interrupt or a bad loss ends the stretch early; what was done still counts
             if previous_end_s > start_s:
+                self._monitor.attend()
                 self._write_records(wait=True)
                 self._stretches.append(self._monitor.window(start_s, previous_end_s))
                 self._samples.append(self._monitor.samples(max(start_s, self._steady_from_s), previous_end_s))

@@ -125,7 +125,10 @@ def summarize(
         "sm_clock_mhz_mean": float(sm_clock_mhz.mean()) if sm_clock_mhz.size else None,
         "sm_clock_mhz_std": float(sm_clock_mhz.std()) if sm_clock_mhz.size else None,
         "temperature_c_max": max((r.temperature_c for r in records if r.temperature_c is not None), default=None),
-        "throttle_s": _throttle_totals(stretches),
+        "throttle_s": _totals(window.throttle for window in stretches),
+        "slow_without_reason_s": _total(window.slow_without_reason_s for window in stretches),
+        "energy_sources_disagree": _disagreement(stretches),
+        "rails_j": _totals(window.rails_j for window in stretches),
     }
 
 
@@ -144,12 +147,24 @@ def _energy_totals(stretches: list[Window], tokens: int) -> dict[str, Any]:
     }
 
 
-def _throttle_totals(stretches: list[Window]) -> dict[str, float] | None:
+def _totals(parts: Iterable[dict[str, float] | None]) -> dict[str, float] | None:
     totals: dict[str, float] = {}
-    for window in stretches:
-        for reason, seconds in (window.throttle or {}).items():
-            totals[reason] = totals.get(reason, 0.0) + seconds
+    for part in parts:
+        for name, value in (part or {}).items():
+            totals[name] = totals.get(name, 0.0) + value
     return totals or None
+
+
+def _total(parts: Iterable[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
+
+
+def _disagreement(stretches: list[Window]) -> float | None:
+    """(second energy source - first) / first, over the stretches that have both."""
+    pairs = [(window.cross_check.energy_j, window.energy_j) for window in stretches if window.cross_check is not None]
+    first_j = sum(first for _, first in pairs if first is not None)
+    return sum(second for second, _ in pairs) / first_j - 1 if first_j else None
 
 
 def _finite(columns: Iterable[np.ndarray]) -> np.ndarray:

@@ -45,7 +45,7 @@ def test_a_gap_blocks_windows_that_touch_it_and_no_others():
 
 def test_a_pause_is_a_gap_only_beyond_both_limits():
     assert filled([0.0, 0.01, 0.49, 0.5], period_s=0.01).difference(0.0, 0.5).value is not None  # under 0.5 s
-    assert filled([0.0, 0.2, 1.1, 1.3], period_s=0.2).difference(0.0, 1.3).value is not None  # under 5 periods
+    assert filled([0.0, 0.2, 1.1, 1.3], period_s=0.4).difference(0.0, 1.3).value is not None  # under 5 periods
     assert filled([0.0, 0.2, 1.3, 1.4], period_s=0.2).difference(0.0, 1.3).value is None
 
 

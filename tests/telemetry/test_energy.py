@@ -37,7 +37,7 @@ def windows(source, profile, seed, *, tick_s=0.1, count=40, shortest_s=0.2, fail
         length_s = generator.uniform(shortest_s, 3.0)
         start_s = generator.uniform(0.5, RUN_S - 0.3 - length_s)
         # The curve itself, because the monitor hides energies with a large bound.
-        found = monitor.sampler.energy.difference(start_s, start_s + length_s)
+        found = monitor.sampler.tracks.energy.difference(start_s, start_s + length_s)
         assert found.null_reason is None
         true_j = device.true_energy_j(start_s, start_s + length_s)
         results.append((abs(found.value - true_j), found.bound, true_j))
@@ -186,7 +186,7 @@ def test_what_is_settled_does_not_change():
     device = SimulatedDevice(Ramp(300.0, 700.0, 1.9, 2.1), clock)
     monitor = Monitor(device, now=clock)
     drive(monitor.sampler.poll_once, clock, 2.0)
-    curve = monitor.sampler.energy
+    curve = monitor.sampler.tracks.energy
     settled = {end_s: curve.difference(1.0, end_s) for end_s in np.linspace(1.5, 2.0, 51) if curve.settled(end_s)}
     assert 1.7 < max(settled) < 1.9
     drive(monitor.sampler.poll_once, clock, 3.0)

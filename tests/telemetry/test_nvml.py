@@ -11,6 +11,7 @@ from jaxchunk.telemetry import nvml as nvml_module
 
 NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, LIBRARY_NOT_FOUND, TIMEOUT = 3, 4, 6, 12, 10
 OCTETS = bytes.fromhex("0123456789abcdef00112233445566ff")
+PCI = "0000:01:00.0"
 UUID = "GPU-01234567-89ab-cdef-0011-2233445566ff"
 INSTANT, AVERAGE = (186, 0), (185, 0)  # (field, GPU scope)
 UINT, ULL = 1, 3
@@ -63,6 +64,7 @@ class FakeNvml(types.ModuleType):
             "nvmlDeviceGetTotalEnergyConsumption": 1_234_567,
             "nvmlDeviceGetPowerUsage": 580_000,
             "nvmlDeviceGetEnforcedPowerLimit": 700_000,
+            "nvmlDeviceGetPciInfo": SimpleNamespace(busId="00000000:01:00.0"),
             "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=150_000_000_000),
             "nvmlSystemGetDriverVersion": "580.00",
             "nvmlSystemGetCudaDriverVersion_v2": 13010,
@@ -92,6 +94,15 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetClockInfo(self, handle, kind):  # noqa: N802
         assert kind == self.NVML_CLOCK_SM
         return 1755
+
+    def nvmlDeviceGetMaxClockInfo(self, handle, kind):  # noqa: N802
+        assert kind == self.NVML_CLOCK_SM
+        return 1980
+
+    def nvmlDeviceGetHandleByPciBusId(self, address):  # noqa: N802
+        if address not in self.known:
+            raise FakeError(NOT_FOUND)
+        return self.known[address]
 
     def nvmlDeviceGetTemperature(self, handle, sensor):  # noqa: N802
         assert sensor == self.NVML_TEMPERATURE_GPU
@@ -130,6 +141,10 @@ class FakeCuda:
         if ordinal.value >= len(self._octets):
             return 101
         device._obj.value = 100 + ordinal.value
+        return 0
+
+    def cuDeviceGetPCIBusId(self, text, length, device):  # noqa: N802
+        text.value = PCI.encode()
         return 0
 
     def _uuid(self, octets, device):
@@ -272,6 +287,7 @@ def test_a_spark_like_device(fake_nvml, device):
     assert device.describe() == {
         "name": "NVIDIA Test",
         "uuid": UUID,
+        "pci_bus_id": "00000000:01:00.0",
         "driver_version": "580.00",
         "cuda_driver_version": "13.1",
         "power_limit_w": None,
@@ -288,6 +304,37 @@ def test_open_monitor_with_nvml(fake_nvml, use_cuda, tmp_path):
         assert monitor.describe()["device"]["power_limit_w"] == 700.0
     finally:
         monitor.stop()
+
+
+def test_found_by_pci_address_where_the_uuid_is_unknown(fake_nvml, use_cuda):
+    fake_nvml.known = {PCI: "handle"}
+    assert find_device(gpu()).uuid == UUID
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_a_mig_slice_has_the_meters_of_its_gpu_only_where_it_is_alone(fake_nvml, use_cuda, slices):
+    def slice_handle(handle, index):
+        if index >= slices:
+            raise FakeError(NOT_FOUND)
+        return f"slice {index}"
+
+    fake_nvml.known = {UUID.replace("GPU", "MIG"): "slice 0"}
+    fake_nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle = lambda handle: {"slice 0": "handle"}[handle]
+    fake_nvml.nvmlDeviceGetMaxMigDeviceCount = lambda handle: 7
+    fake_nvml.nvmlDeviceGetMigDeviceHandleByIndex = slice_handle
+    device = find_device(gpu())
+    assert device.describe()["mig_slices"] == slices
+    probes = probe(device)
+    for call in ("total_energy_j", "power_instant_w", "power_average_w"):
+        assert probes[call].supported == (slices == 1)
+        assert slices == 1 or probes[call].reason == "3 MIG slices share this GPU's meters"
+    assert probes["sm_clock_mhz"].supported
+
+
+def test_other_processes(fake_nvml, device):
+    running = [SimpleNamespace(pid=12, usedGpuMemory=1_000), SimpleNamespace(pid=34, usedGpuMemory=None)]
+    fake_nvml.nvmlDeviceGetComputeRunningProcesses = lambda handle: running
+    assert device.compute_processes() == [(12, 1_000), (34, None)]
 
 
 def no_driver(fake_nvml, use_cuda, monkeypatch):
@@ -307,7 +354,7 @@ def no_library(fake_nvml, use_cuda, monkeypatch):
 
 def unknown_gpu(fake_nvml, use_cuda, monkeypatch):
     fake_nvml.known = {}
-    return f"NVML does not know {UUID}: NVML_ERROR_NOT_FOUND"
+    return f"NVML does not know {UUID}, nor its PCI address: NVML_ERROR_NOT_FOUND"
 
 
 @pytest.mark.parametrize("trouble", [no_driver, no_package, no_library, unknown_gpu])

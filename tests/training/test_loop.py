@@ -93,7 +93,7 @@ def test_energy_of_every_step_comes_from_the_device(config, monkeypatch, failing
 
     monkeypatch.setattr(data, "train_batches", slow_batches)
 
-    def open_simulated(jax_device, *, csv_path):
+    def open_simulated(jax_device, *, csv_path, record_path=None):
         device = SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=0.005, failing=failing)
         return Monitor(device, csv_path=csv_path, poll_period_s=0.001, sample_period_s=0.002)
 
@@ -152,7 +152,7 @@ def test_what_was_chosen_and_the_hash_of_the_text_are_recorded(config):
 
 
 def test_a_counter_that_stands_still_costs_a_second_and_not_one_a_step(config, monkeypatch):
-    def open_simulated(jax_device, *, csv_path):
+    def open_simulated(jax_device, *, csv_path, record_path=None):
         return Monitor(SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=1e9), csv_path=csv_path)
 
     monkeypatch.setattr(loop, "open_monitor", open_simulated)
