@@ -7,7 +7,8 @@ import tyro
 
 from jaxchunk.errors import reported_errors
 from jaxchunk.telemetry.device import Device, ReadError
-from jaxchunk.telemetry.doctor import Clocks, diagnose, render
+from jaxchunk.telemetry.doctor import Clocks, diagnose
+from jaxchunk.telemetry.doctor_text import render
 from jaxchunk.telemetry.nvml import all_devices, find_device
 from jaxchunk.telemetry.rails import find_rails, find_unused
 

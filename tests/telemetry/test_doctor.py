@@ -12,7 +12,8 @@ import pytest
 
 from jaxchunk.errors import InputError
 from jaxchunk.telemetry import CALLS, DeviceNotFound, Monitor, NotSupported, ReadFailed, __main__
-from jaxchunk.telemetry.doctor import Clocks, diagnose, render
+from jaxchunk.telemetry.doctor import Clocks, diagnose
+from jaxchunk.telemetry.doctor_text import render
 from jaxchunk.telemetry.rails import Rail, UnusedSensor
 from jaxchunk.telemetry.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave, drive
 
