@@ -18,7 +18,7 @@ class PlotConfig:
     """What to draw."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories that train.py or bench_lm_head.py wrote."""
+    """Directories that train.py, microbench.py or bench_lm_head.py wrote."""
 
 
 def main() -> None:
@@ -30,10 +30,12 @@ def main() -> None:
         for run in runs:
             if run in training:  # a run that was killed has its steps and no summary: its figure can still be drawn
                 print(plotting.plot_training(run))
+            elif plotting.is_microbench(run):  # likewise
+                print(*plotting.plot_microbench(run), sep="\n")
             elif (run / "records.jsonl").exists() and (run / "summary.json").exists():
                 print(plotting.plot_lm_head(run))
             else:
-                raise InputError(f"{run} holds no records of train.py or bench_lm_head.py")
+                raise InputError(f"{run} holds no records of train.py, microbench.py or bench_lm_head.py")
         if len(training) > 1:
             print(comparison_table(training))
             figure = plotting.plot_comparison(training, training[0].parent / "comparison.png")

@@ -1,7 +1,7 @@
 """What can be measured on this machine, how often it is renewed, and what asking costs: run before long experiments.
 
-`diagnose` asks and returns plain data; `doctor_text.render` makes a text of it. Nothing here starts JAX. None is always beside a
-reason: `<key>_null_reason`.
+`diagnose` asks and returns plain data; `doctor_text.render` makes a text of it. Nothing here starts JAX. None is
+always beside a reason: `<key>_null_reason`.
 """
 
 import contextlib

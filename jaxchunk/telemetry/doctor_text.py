@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from jaxchunk.telemetry.window import MAX_RELATIVE_BOUND
+
 _SOURCE_LABELS = {
     "nvml_total_energy": "the total-energy counter",
     "nvml_power_instant": "the integral of instantaneous power",
