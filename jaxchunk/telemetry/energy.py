@@ -136,7 +136,10 @@ class CounterCurve(CumulativeCurve):
         return f"{self.what} has not moved for {now_s - self._moved_s:.1f} s"
 
     def _stalled(self, now_s: float) -> bool:
-        return self._moved_s is not None and now_s - self._moved_s > self.STALL_S
+        """Whether it is read and stands still (not: is left alone for long on purpose)."""
+        if self._moved_s is None or self._last_reading is None or self._last_reading[1] <= self._moved_s:
+            return False
+        return now_s - self._moved_s > self.STALL_S
 
     def _add_tick(self, time_s: float, uncertainty_s: float, energy_j: float) -> None:
         if self._times_s:

@@ -7,16 +7,18 @@ from collections import deque
 from jaxchunk.telemetry.energy import CounterCurve
 
 # Share of one core that reading the counter may take once its rhythm is known.
-CPU_SHARE = 0.012
+CPU_SHARE = 0.010
 # What learning a rhythm and reading around the ends of windows cost comes on top of that. In the long run it is never
 # more than MAX_CPU_SHARE, except for MAX_DEBT_S seconds of processor time, once.
 MAX_CPU_SHARE = 1.5 * CPU_SHARE
 MAX_DEBT_S = 1.2
 # Readings it takes to see a tick between two of them: one before, one after, now and then another.
 READINGS_PER_TICK = 2.5
-# A grid is checked against a tick that is seen to happen at least so often, or as often as half the budget allows, and
-# before its error exceeds this share of a period, while CPU_SHARE has not been exceeded by half of MAX_DEBT_S.
-CHECK_S = 3.0
+# A grid is checked against two ticks in a row that are seen to happen at least so often, or as often as half the budget
+# allows, and before its error exceeds this share of a period, while CPU_SHARE has not been exceeded by half of
+# MAX_DEBT_S.
+CHECK_S = 6.0
+READINGS_PER_CHECK = 2 * READINGS_PER_TICK
 MAX_GRID_ERROR = 0.12
 
 
@@ -69,10 +71,10 @@ class CounterSchedule:
         if period_s is None:
             return end_s + self._poll_period(end_s, per_s)
         self._learning_since_s = None
-        check_s = max(CHECK_S, READINGS_PER_TICK / (per_s / 2))
+        check_s = max(CHECK_S, READINGS_PER_CHECK / (per_s / 2))
         if per_s * period_s >= READINGS_PER_TICK or self._needs_check(curve, end_s, check_s):
             return self._before_next_tick(curve, end_s)
-        periods = math.ceil(1 / ((per_s - READINGS_PER_TICK / check_s) * period_s))
+        periods = math.ceil(1 / ((per_s - READINGS_PER_CHECK / check_s) * period_s))
         return self._middle_of_period(curve, end_s, 1 if end_s < self._attend_until_s else periods)
 
     def _poll_period(self, end_s: float, per_s: float) -> float:

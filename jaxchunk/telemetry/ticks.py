@@ -31,6 +31,7 @@ class TickGrid:
     def __init__(self) -> None:
         self.period_s: float | None = None
         self.last_seen_s = -math.inf
+        self._last_s = -math.inf
         self._ticks: list[tuple[float, float]] = []
         self._unused = 0  # ticks that the grid does not know of yet
         self._fitted_s = -math.inf
@@ -42,7 +43,8 @@ class TickGrid:
     def add(self, earliest_s: float, latest_s: float) -> bool:
         """A tick was seen between two times. False where the grid had none there, or is too old, and is given up.
 
-        The grid is confirmed up to `last_seen_s`: a tick that is known too badly says nothing.
+        The grid is confirmed up to `last_seen_s` by two ticks in a row: one alone may be where the grid has one by
+        chance. A tick that is known too badly says nothing.
         """
         middle_s, half_s = (earliest_s + latest_s) / 2, (latest_s - earliest_s) / 2
         kept = True
@@ -61,7 +63,10 @@ class TickGrid:
             ):
                 return kept
         self._remember(earliest_s, latest_s)
-        self.last_seen_s = latest_s
+        in_a_row = self.period_s is None or round((middle_s - self._last_s) / self.period_s) == 1
+        self._last_s = middle_s
+        if in_a_row:
+            self.last_seen_s = latest_s
         self._unused += 1
         due = self._unused >= self.REFIT_EVERY or latest_s - self._fitted_s > self.REFIT_S
         if len(self._ticks) >= self.LEARNING and (self.period_s is None or due):

@@ -100,8 +100,19 @@ def test_a_bracket_that_is_wide_for_this_grid_does_not_confirm_it():
     seen_s = grid.last_seen_s
     assert grid.add(last_s + 0.1 - 0.045, last_s + 0.1 + 0.0)
     assert grid.last_seen_s == seen_s
-    assert grid.add(last_s + 0.2 - 0.005, last_s + 0.2 + 0.005)
-    assert grid.last_seen_s == last_s + 0.2 + 0.005
+    for ticks in (2, 3):
+        assert grid.last_seen_s == seen_s
+        assert grid.add(last_s + ticks * 0.1 - 0.005, last_s + ticks * 0.1 + 0.005)
+    assert grid.last_seen_s == last_s + 3 * 0.1 + 0.005
+
+
+def test_one_tick_alone_does_not_confirm_the_grid():
+    """Ticks of another period fall on the grid now and then; two in a row do not."""
+    grid, last_s = learnt(0.1)
+    seen_s = grid.last_seen_s
+    assert grid.add(last_s + 1.3 - 0.005, last_s + 1.3 + 0.005)  # ten ticks of 0.13 s later
+    assert grid.last_seen_s == seen_s
+    assert not grid.add(last_s + 1.43 - 0.005, last_s + 1.43 + 0.005)
 
 
 def test_a_phase_that_jumps_forgets_and_is_learnt_again():
