@@ -11,13 +11,16 @@ ARGS ?=
 comma := ,
 INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 
-.PHONY: train bench test test-gpu lint clean
+.PHONY: train bench microbench test test-gpu lint clean
 
 train: $(INSTALLED)
 	$(VENV)/bin/python scripts/train.py --lmhead_chunks 4 $(ARGS)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python scripts/bench_lm_head.py $(ARGS)
+
+microbench: $(INSTALLED)
+	$(VENV)/bin/python scripts/microbench.py $(ARGS)
 
 # Most of the tests' time is LLVM's, for programs that run once: it is told not to try hard.
 test: $(INSTALLED)

@@ -3,4 +3,4 @@
 from jaxchunk.lm_head import LMHeadMetrics, choose_implementation, lm_head_loss, token_log_probs
 
 __all__ = ["LMHeadMetrics", "choose_implementation", "lm_head_loss", "token_log_probs"]
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"

@@ -1,16 +1,19 @@
 """The directory of a run: never overwritten by accident, complete up to the last line after a kill."""
 
+import contextlib
 import datetime
 import itertools
 import json
 import math
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, RunFailedError
 
 _MARKER = ".jaxchunk-run"  # a name that nothing else uses: only a directory that has it is ever cleared
 
@@ -75,22 +78,43 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as `name`, whole or not at all."""
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
-        temporary.replace(self.path / name)
+        with self._writing(name):
+            temporary.write_text(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+            temporary.replace(self.path / name)
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` wrote as `name`; None where there is no such file."""
+        """What `write_json` wrote as `name`; None where there is no such file.
+
+        Raises:
+          InputError: it is damaged.
+        """
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}); choose another out_dir, or --overwrite") from None
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Appends one line to the JSON-lines file `name`; it is with the operating system before this returns.
 
         NaN and infinities, which JSON does not have, become null.
         """
-        if name not in self._streams:
-            self._streams[name] = (self.path / name).open("a", buffering=1)
-        self._streams[name].write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        with self._writing(name):
+            if name not in self._streams:
+                self._streams[name] = (self.path / name).open("a", buffering=1)
+            self._streams[name].write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """One line where the disk refuses (it is full, say)."""
+        try:
+            yield
+        except OSError as error:
+            if stream := self._streams.pop(name, None):
+                with contextlib.suppress(OSError):  # it tries what was refused once more
+                    stream.close()
+            reason = error.strerror or error
+            raise RunFailedError(f"{self.path / name} cannot be written: {reason}; what was there is kept") from None
 
     def _check_free(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -126,9 +150,9 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 def cut_to_whole_lines(path: Path) -> None:
     """Removes what a kill left of a last line, so that more lines can follow."""
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)  # at once: a kill in here loses nothing
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ Several training runs are also compared: a table, and `comparison.png` in the di
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import tyro
@@ -18,7 +19,7 @@ class PlotConfig:
     """What to draw."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories that train.py, microbench.py or bench_lm_head.py wrote."""
+    """Directories that train.py, microbench.py, bench_training.py or bench_lm_head.py wrote."""
 
 
 def main() -> None:
@@ -32,14 +33,21 @@ def main() -> None:
                 print(plotting.plot_training(run))
             elif plotting.is_microbench(run):  # likewise
                 print(*plotting.plot_microbench(run), sep="\n")
+            elif _is_training_pair(run):
+                print(plotting.plot_training_pair(run))
             elif (run / "records.jsonl").exists() and (run / "summary.json").exists():
                 print(plotting.plot_lm_head(run))
             else:
-                raise InputError(f"{run} holds no records of train.py, microbench.py or bench_lm_head.py")
+                raise InputError(f"{run} holds no records of train.py or of a benchmark")
         if len(training) > 1:
             print(comparison_table(training))
             figure = plotting.plot_comparison(training, training[0].parent / "comparison.png")
             print(figure or "no comparison of power and clocks: none of these runs has telemetry")
+
+
+def _is_training_pair(run: Path) -> bool:
+    config = run / "config.json"
+    return (run / "records.jsonl").exists() and config.exists() and "piece_s" in json.loads(config.read_text())
 
 
 if __name__ == "__main__":

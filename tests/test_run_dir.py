@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from jaxchunk.errors import InputError
+from jaxchunk import run_dir
+from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
 
 
@@ -79,6 +80,46 @@ def test_what_json_cannot_hold_becomes_null(tmp_path):
     (record,) = read_json_lines(run.path / "steps.jsonl")
     assert record == {"loss": None, "throttle": {"x": None}, "bound": [1.0, None]}
     assert json.loads((run.path / "summary.json").read_text()) == {"loss": None}
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_json("run.json", {"a": 1})
+        directory.append("records.jsonl", {"a": 1})
+        before = directory.path.stat()
+
+        def full(*arguments, **options):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(run_dir.Path, "write_text", full)
+        monkeypatch.setattr(run_dir.Path, "open", full)
+        with pytest.raises(RunFailedError, match=r"run\.json cannot be written: No space left on device"):
+            directory.write_json("run.json", {"a": 2})
+        with pytest.raises(RunFailedError, match=r"other\.jsonl cannot be written: No space left"):
+            directory.append("other.jsonl", {"a": 2})
+        monkeypatch.undo()
+        assert directory.read_json("run.json") == {"a": 1} and before.st_ino == directory.path.stat().st_ino
+    assert run_dir.read_json_lines(tmp_path / "run" / "records.jsonl") == [{"a": 1}]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    with RunDirectory(tmp_path / "run") as directory:
+        assert directory.read_json("run.json") is None
+        for content in (b'{"x', b"\x00\xff"):
+            (directory.path / "run.json").write_bytes(content)
+            with pytest.raises(InputError, match=r"run\.json is damaged"):
+                directory.read_json("run.json")
+
+
+def test_what_a_kill_left_is_cut_off_in_place(tmp_path):
+    """Never written anew: a second kill would lose everything."""
+    file = tmp_path / "records.jsonl"
+    for content, whole in ((b'{"a": 1}\n{"a"', b'{"a": 1}\n'), (b'{"a"', b""), (b'{"a": 1}\n', b'{"a": 1}\n')):
+        file.write_bytes(content)
+        file.chmod(0o600)
+        inode = file.stat().st_ino
+        run_dir.cut_to_whole_lines(file)
+        assert file.read_bytes() == whole and file.stat().st_ino == inode
 
 
 def test_new_run_paths_do_not_collide(tmp_path, monkeypatch):

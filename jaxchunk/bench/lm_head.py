@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,16 +13,17 @@ import optax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
-from jaxchunk import device_memory, environment, lm_head_loss, plotting
-from jaxchunk.bench.protocol import Measurement, Variant, bootstrap_median, interleave, ratios
+from jaxchunk import device_memory, lm_head_loss, plotting
+from jaxchunk.bench import harness
+from jaxchunk.bench.harness import BenchConfig, Benchmark
+from jaxchunk.bench.protocol import Measurement, Variant
+from jaxchunk.bench.statistics import bootstrap_median, interval_of, ratios
 from jaxchunk.device_memory import compile_if_it_fits
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import choose_implementation
 from jaxchunk.plotting import FLOOR
-from jaxchunk.run_dir import RunDirectory, new_run_path
-from jaxchunk.telemetry import open_monitor
+from jaxchunk.run_dir import RunDirectory
 
 _logger = logging.getLogger("jaxchunk")
 AUTODIFF = "autodiff"
@@ -35,8 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class LMHeadBenchConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMHeadBenchConfig(BenchConfig):
     """Forward and backward of the LM head at one shape."""
 
     tokens: int = 1024
@@ -56,23 +58,22 @@ class LMHeadBenchConfig:
     """More than 1: also measure the plain case with the vocabulary sharded over so many GPUs."""
     dtype: str = "float32"
     """Dtype of the hidden states and of the computation; the weight is float32, as a trainer's master copy."""
-    repeats: int = 5
-    """Times that every variant is measured, in an order shuffled anew each time."""
     window_s: float = 1.0
     """Least length of one measurement, seconds of back-to-back calls."""
-    seed: int = 0
-    """Seed of the operands and of the order."""
-    out_dir: str | None = None
-    """Where records, table and figure go. Default: a new directory under runs/."""
-    overwrite: bool = False
-    """Replace a run that out_dir holds."""
 
 
 def default_config(platform: str) -> LMHeadBenchConfig:
     """The paper's training shape (Qwen2-0.5B, 64 x 1024 tokens) on a GPU, the tiny model's on a CPU."""
     if platform == "gpu":
-        return LMHeadBenchConfig(65536, 896, 151936, (1, 4, 8, 16), ("pallas", "xla"), dtype="bfloat16")
-    return LMHeadBenchConfig(window_s=0.5)
+        return LMHeadBenchConfig(
+            tokens=65536,
+            width=896,
+            vocab=151936,
+            chunks=(1, 4, 8, 16),
+            implementations=("pallas", "xla"),
+            dtype="bfloat16",
+        )
+    return LMHeadBenchConfig(window_s=0.5, settle_s=0.0)
 
 
 def validate(config: LMHeadBenchConfig) -> None:
@@ -81,11 +82,12 @@ def validate(config: LMHeadBenchConfig) -> None:
     Raises:
       InputError: naming the flag, its value and what is needed.
     """
-    for name in ("tokens", "width", "vocab", "repeats"):
+    harness.check_common(config)
+    for name in ("tokens", "width", "vocab"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")
-    if not config.window_s > 0:
-        raise InputError(f"--window_s is {config.window_s}; it must be greater than 0")
+    if not 0 < config.window_s < math.inf:
+        raise InputError(f"--window_s is {config.window_s}; it must be greater than 0, and finite")
     if not config.chunks or min(config.chunks) < 1:
         raise InputError(f"--chunks is {' '.join(map(str, config.chunks))}; give counts of at least 1")
     unknown = [case for case in config.cases if case not in CASES]
@@ -112,28 +114,28 @@ def run(config: LMHeadBenchConfig) -> None:
       InputError: a flag is out of its domain, the directory cannot be used, or nothing fits in memory.
     """
     validate(config)
-    directory = RunDirectory(config.out_dir or new_run_path("lm-head"), overwrite=config.overwrite)
     device = jax.devices()[0]
-    print(f"{device.device_kind}: T={config.tokens} D={config.width} V={config.vocab} {config.dtype}; compiling ...")
-    programs = list(compile_variants(config, device_memory.limit_bytes(device)))
-    if not programs:
-        raise InputError(f"nothing fits in the device's memory at --tokens {config.tokens}; use fewer")
-    variants, measurements = [program.variant for program in programs], []
-    with directory, open_monitor(device, csv_path=directory.path / "telemetry.csv") as monitor:
-        directory.write_json("config.json", dataclasses.asdict(config))
-        directory.write_json("env.json", environment.describe_environment(monitor.describe()))
-        measuring = interleave(variants, monitor, repeats=config.repeats, window_s=config.window_s, seed=config.seed)
-        for measurement in tqdm(measuring, total=len(variants) * config.repeats, unit="window", disable=None):
-            directory.append("records.jsonl", dataclasses.asdict(measurement))
-            measurements.append(measurement)
+    programs: list[Program] = []
+
+    def variants() -> list[Variant]:
+        shape = f"T={config.tokens} D={config.width} V={config.vocab} {config.dtype}"
+        print(f"{device.device_kind}: {shape}; compiling ...")
+        programs.extend(compile_variants(config, device_memory.limit_bytes(device)))
+        if not programs:
+            raise InputError(f"nothing fits in the device's memory at --tokens {config.tokens}; use fewer")
+        return [program.variant for program in programs]
+
+    def report(directory: RunDirectory, measurements: Sequence[Measurement]) -> str:
         rows = summarize(measurements, programs)
         directory.write_json("summary.json", rows)
         (directory.path / "table.md").write_text(table(rows) + "\n")
-        figure = plotting.plot_lm_head(directory.path)
-    print(table(rows))
-    if rows[0]["energy_null_reason"] is not None:
-        print(f"energy null: {rows[0]['energy_null_reason']}")
-    print(f"figure: {figure}")
+        lines = [table(rows)]
+        if rows[0]["energy_null_reason"] is not None:
+            lines.append(f"energy null: {rows[0]['energy_null_reason']}")
+        return "\n".join([*lines, f"figure: {plotting.plot_lm_head(directory.path)}"])
+
+    protocol = harness.protocol_of(config, window_s=config.window_s)
+    harness.run(Benchmark("lm-head", config, protocol, variants, report, num_devices=config.vocab_devices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +202,8 @@ def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) 
         own = [m for m in measurements if m.variant == name]
         row: dict[str, Any] = {"variant": name, "temporary_bytes": program.temporary_bytes}
         for field in ("time_s", "energy_j", "power_w", "power_w_std", "sm_clock_mhz"):
-            values = [value for m in own if (value := getattr(m, field)) is not None]
-            row[field] = bootstrap_median(values)._asdict() if values else None
+            interval = interval_of(measurements, name, field)
+            row[field] = None if interval is None else interval._asdict()
         for baseline, label in ((FLOOR, "floor"), (AUTODIFF, "autodiff"), (program.plain or "", "plain")):
             for field, quantity in (("time_s", "time"), ("energy_j", "energy")):
                 relative = ratios(measurements, name, baseline, field)
@@ -283,5 +285,5 @@ def _compile(
         _logger.warning("%s is left out: %s", name, compiled)
     else:
         program, memory = compiled
-        watched = len(arguments[0].sharding.device_set) == 1
-        yield Program(Variant(name, lambda: program(*arguments), watched), memory.temporary_bytes, plain)
+        devices = tuple(range(len(arguments[0].sharding.device_set)))
+        yield Program(Variant(name, lambda: program(*arguments), devices), memory.temporary_bytes, plain)

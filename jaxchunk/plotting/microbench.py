@@ -83,7 +83,7 @@ def draw_throughput(figure: "Figure", run: MicrobenchRun) -> bool:
         style = _style(run, key, place)
         dots = [[value * scale for value in _throughputs(run, row)] for row in rows]
         _draw_intervals(axes[0], rows, [row.tflops for row in rows], dots, scale=scale, dodge=dodge, style=style)
-        if related[key]:
+        if with_change and related[key]:
             base = next((row.variant for row in rows if row.chunks == 1), "")
             repeats = [ratios(run.measurements, row.variant, base) for row in related[key]]
             dots = [[100 / ratio - 100 for ratio in repeat] for repeat in repeats]

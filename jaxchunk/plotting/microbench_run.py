@@ -69,9 +69,12 @@ class MicrobenchRun:
 
 def is_microbench(run_path: Path) -> bool:
     """Whether a directory holds the records of a microbenchmark, finished or not."""
-    return (run_path / RECORDS).exists() and {"workload", "m", "k", "n"} <= _read_object(
-        run_path / "config.json"
-    ).keys()
+    if (
+        not (run_path / RECORDS).exists()
+        or not {"workload", "m", "k", "n"} <= _read_object(run_path / "config.json").keys()
+    ):
+        return False
+    return _read_object(run_path / "run.json").get("benchmark", "microbench") == "microbench"
 
 
 def read_microbench(run_path: Path) -> MicrobenchRun:

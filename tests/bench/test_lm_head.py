@@ -45,7 +45,7 @@ def test_the_vocabulary_over_several_devices():
     programs = list(lm_head.compile_variants(config, limit_bytes=None))[2:]
     plain, sharded = (program.variant for program in programs)
     assert sharded.name == "xla, 2 chunks, vocabulary over 2 GPUs"
-    assert (plain.watched, sharded.watched) == (True, False)  # whose energy is not that of one GPU
+    assert (plain.devices, sharded.devices) == ((0,), (0, 1))
     for one, two in zip(jax.tree.leaves(plain.call()), jax.tree.leaves(sharded.call()), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
 
@@ -63,6 +63,7 @@ def test_what_does_not_fit_is_left_out_with_a_word(caplog):
         ({"chunks": ()}, "--chunks is "),
         ({"dtype": "float16"}, "--dtype is float16"),
         ({"window_s": 0.0}, "--window_s is 0.0"),
+        ({"window_s": float("inf")}, "--window_s is inf"),
         ({"cases": ("plain", "fast")}, "--cases is plain fast; choose from plain, options"),
         ({"vocab_devices": 10}, r"--vocab_devices is 10; JAX sees \d+ device\(s\)"),
         ({"implementations": ("liger",)}, "--implementations: implementation is 'liger'"),

@@ -1,0 +1,291 @@
+"""What every benchmark has in common: its directory, preflight, records, progress, interruption, continuation."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from jaxchunk import environment
+from jaxchunk.bench import preflight
+from jaxchunk.bench.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
+from jaxchunk.errors import InputError
+from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
+from jaxchunk.telemetry import AnyMonitor, open_monitor
+
+_logger = logging.getLogger("jaxchunk")
+RECORDS = "records.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What every benchmark can be told."""
+
+    repeats: int = 5
+    """Times that every variant is measured, in an order shuffled anew each time."""
+    settle_s: float = 20.0
+    """Longest time, in seconds, to bring the GPU to the common temperature before a window. 0: do not look at it."""
+    seed: int = 0
+    """Seed of the operands and of the order."""
+    out_dir: str | None = None
+    """Where records, table and figures go. Default: a new directory under runs/."""
+    record_telemetry: bool = False
+    """Keep every reading of the telemetry in telemetry-readings-*.jsonl, for `telemetry.Monitor.replay`."""
+    overwrite: bool = False
+    """Replace a run that out_dir holds."""
+    go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
+    """Go on with the interrupted run that out_dir holds: what was measured is kept."""
+
+
+def protocol_of(config: BenchConfig, **details: Any) -> Protocol:
+    """The protocol that the common flags ask for; `details` are fields of it that they do not settle."""
+    return Protocol(
+        repeats=config.repeats,
+        temperature_tolerance_c=2.0 if config.settle_s else None,
+        settle_s=config.settle_s,
+        seed=config.seed,
+        **details,
+    )
+
+
+# Flags that may differ between a run and its continuation.
+_FREE = ("out_dir", "overwrite", "go_on", "repeats", "wall_meter", "timeline", "record_telemetry")
+
+
+def check_common(config: BenchConfig) -> None:
+    """Refuses what no benchmark can do.
+
+    Raises:
+      InputError: naming the flag, its value and what is needed.
+    """
+    if config.repeats < 1:
+        raise InputError(f"--repeats is {config.repeats}; it must be at least 1")
+    if not 0 <= config.settle_s < math.inf:
+        raise InputError(f"--settle_s is {config.settle_s}; it must be at least 0, and finite")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed is {config.seed}; it must be from 0 to {2**32 - 1}")
+    if config.go_on and config.out_dir is None:
+        raise InputError("--continue needs --out_dir: the directory of the run to go on with")
+    if config.go_on and config.overwrite:
+        raise InputError("--continue and --overwrite exclude each other: one keeps the run in out_dir, one replaces it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A benchmark as the harness sees it.
+
+    Attributes:
+      name: for the directory.
+      config: the flags.
+      protocol: how it measures.
+      variants: makes (compiles) the variants; called once the directory is known to be usable.
+      report: writes summary, table and figures from the measurements, and returns what to print.
+      num_devices: devices that are watched.
+    """
+
+    name: str
+    config: BenchConfig
+    protocol: Protocol
+    variants: Callable[[], Sequence[Variant]]
+    report: Callable[[RunDirectory, Sequence[Measurement]], str]
+    num_devices: int = 1
+
+
+def run(benchmark: Benchmark) -> RunDirectory:
+    """Measures, and writes records as they come and the report at the end, also of a run that is interrupted.
+
+    Returns:
+      The run's directory.
+
+    Raises:
+      InputError: the directory cannot be used, the run in it is another one, or the device's memory is too small.
+      KeyboardInterrupt: after an interrupted run was reported on.
+    """
+    config = benchmark.config
+    path = config.out_dir or new_run_path(benchmark.name)
+    directory = RunDirectory(path, overwrite=config.overwrite, go_on=config.go_on)
+    if directory.goes_on:
+        _check_same(directory, benchmark)
+    with _memory_errors():
+        variants = benchmark.variants()
+    with directory:
+        with _memory_errors(), _watching(directory, benchmark) as monitor:
+            done = read_measurements(directory.path)
+            interrupted = _measure_all(benchmark, variants, monitor, directory, done)
+        measurements = read_measurements(directory.path)
+        _warn_of_temperatures(directory, benchmark.protocol, measurements)
+        if measurements:
+            print(benchmark.report(directory, measurements))
+        print(f"records: {directory.path}")
+    if interrupted:
+        total = len(variants) * benchmark.protocol.repeats
+        print(
+            f"interrupted: {len(measurements)} of {total} windows are measured and kept; go on with the same flags and "
+            f"--continue --out_dir {directory.path}"
+        )
+        raise KeyboardInterrupt
+    return directory
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """One line where the device refuses memory, of which another program may hold some."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise InputError(f"the device has too little memory for this shape ({said}); use a smaller one") from None
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """The measurements of a run, up to the last whole record."""
+    known = {field.name for field in dataclasses.fields(Measurement)}
+    records = read_json_lines(path / RECORDS)
+    return [Measurement(**{key: value for key, value in record.items() if key in known}) for record in records]
+
+
+@contextlib.contextmanager
+def _watching(directory: RunDirectory, benchmark: Benchmark) -> Iterator[AnyMonitor]:
+    """A started monitor, with its times counted from the run's beginning, and everything about the run written down."""
+    began = directory.read_json("run.json")  # None also where a run got no further than its directory
+    devices = jax.devices()[: benchmark.num_devices]
+    number = 0 if began is None else len(began["continued"]) + 1
+    record_path = directory.path / f"telemetry-readings-{number}.jsonl" if benchmark.config.record_telemetry else None
+    monitor = open_monitor(
+        devices if len(devices) > 1 else devices[0],
+        csv_path=directory.path / "telemetry.csv",
+        append_csv=began is not None,
+        record_path=record_path,
+    )
+    about = environment.describe_environment(monitor.describe())
+    if began is None:
+        began = {"benchmark": benchmark.name, "began_unix_s": time.time(), "continued": []}
+        directory.write_json("config.json", dataclasses.asdict(benchmark.config))
+        directory.write_json("env.json", about)
+    else:
+        began["continued"].append({"unix_s": time.time(), "env": about})
+        _warn_of_changes(directory, about)
+    directory.write_json("run.json", began)
+    monitor.start(elapsed_s=time.time() - began["began_unix_s"])
+    try:
+        yield monitor
+    finally:
+        monitor.stop()
+
+
+def _measure_all(
+    benchmark: Benchmark,
+    variants: Sequence[Variant],
+    monitor: AnyMonitor,
+    directory: RunDirectory,
+    done: Sequence[Measurement],
+) -> bool:
+    """Measures what is missing; True where it was interrupted."""
+    total = len(variants) * benchmark.protocol.repeats
+    try:
+        conditions = _conditions(benchmark, variants, monitor, directory)
+        for warning in (*preflight.other_processes(monitor), *preflight.stuck_clocks(monitor, conditions)):
+            _warn(directory, warning)
+        piece = len(directory.read_json("run.json")["continued"])
+        measuring = measure(variants, monitor, benchmark.protocol, conditions, done=done, piece=piece)
+        for measurement in _with_progress(measuring, total, len(done), len(variants)):
+            directory.append(RECORDS, dataclasses.asdict(measurement))
+            monitor.forget_before(monitor.now() - 5.0)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _with_progress(measuring: Iterator[Measurement], total: int, done: int, every: int) -> Iterator[Measurement]:
+    """A bar with the remaining time on a terminal; elsewhere a line after every `every` windows."""
+    if sys.stderr.isatty():
+        yield from tqdm(measuring, total=total, initial=done, unit="window")
+        return
+    start_s = time.monotonic()
+    for count, measurement in enumerate(measuring, 1):
+        yield measurement
+        if count % every == 0:
+            left_s = (time.monotonic() - start_s) / count * (total - done - count)
+            print(f"{done + count} of {total} windows; about {left_s / 60:.1f} minutes left", flush=True)
+
+
+def _conditions(
+    benchmark: Benchmark, variants: Sequence[Variant], monitor: AnyMonitor, directory: RunDirectory
+) -> Conditions:
+    """As settled by the run that is continued, where there is one."""
+    known = directory.read_json("conditions.json")
+    if known is not None and set(known["calls"]) >= {variant.name for variant in variants}:
+        return Conditions(**known)
+    if known is not None:
+        _warn(directory, "other variants fit in memory than before: the conditions of the windows are settled anew")
+    conditions = settle(variants, monitor, benchmark.protocol)
+    directory.write_json("conditions.json", dataclasses.asdict(conditions))
+    return conditions
+
+
+def _check_same(directory: RunDirectory, benchmark: Benchmark) -> None:
+    before = directory.read_json("config.json")
+    if before is None:
+        return
+    name = (directory.read_json("run.json") or {}).get("benchmark")
+    if name not in (None, benchmark.name):
+        raise InputError(f"--continue: the run in {directory.path} is of the benchmark {name}, not of {benchmark.name}")
+    now = json.loads(json.dumps(dataclasses.asdict(benchmark.config)))
+    for name in now:
+        if name not in _FREE and before.get(name) != now[name]:
+            raise InputError(
+                f"--continue: the run in {directory.path} has --{name} {before.get(name)}, and now it is {now[name]}"
+            )
+    kind, before_kind = jax.devices()[0].device_kind, (directory.read_json("env.json") or {}).get("device_kind")
+    if before_kind not in (None, kind):
+        raise InputError(f"--continue: the run in {directory.path} was begun on {before_kind}, and this is {kind}")
+
+
+def _warn_of_changes(directory: RunDirectory, about: dict[str, Any]) -> None:
+    """Says what differs from where the run was begun: windows of both are put in one table."""
+    before, now = (_circumstances(env) for env in (directory.read_json("env.json") or {}, about))
+    for what in now:
+        if before[what] != now[what]:
+            _warn(directory, f"{what}: the run was begun with {before[what]}, and goes on with {now[what]}")
+
+
+def _circumstances(about: dict[str, Any]) -> dict[str, Any]:
+    device = (about.get("gpu") or {}).get("device") or {}
+    return {
+        "GPU": device.get("uuid"),
+        "driver": device.get("driver_version"),
+        "power limit, W": device.get("power_limit_w"),
+        "source of jaxchunk (sha256)": about.get("source_sha256"),
+        "packages": about.get("packages"),
+        "environment variables": about.get("variables"),
+    }
+
+
+def _warn_of_temperatures(directory: RunDirectory, protocol: Protocol, measurements: Sequence[Measurement]) -> None:
+    target_c = (directory.read_json("conditions.json") or {}).get("start_temperature_c")
+    tolerance_c = protocol.temperature_tolerance_c
+    if target_c is None or tolerance_c is None:
+        return
+    starts_c = [m.start_temperature_c for m in measurements if m.start_temperature_c is not None]
+    if off := sum(abs(start_c - target_c) > tolerance_c for start_c in starts_c):
+        _warn(
+            directory,
+            f"{off} of {len(measurements)} windows began more than {tolerance_c:.0f} °C from the common "
+            f"{target_c:.0f} °C; a larger --settle_s gives them more time",
+        )
+
+
+def _warn(directory: RunDirectory, warning: str) -> None:
+    _logger.warning("warning: %s", warning)
+    directory.append("warnings.jsonl", {"unix_s": time.time(), "warning": warning})
