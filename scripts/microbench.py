@@ -12,15 +12,15 @@ import jax
 import tyro
 
 from jaxchunk import device_memory
-from jaxchunk.bench import microbench
+from jaxchunk.bench import microbench, microbench_config
 from jaxchunk.errors import reported_errors
 
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     device_memory.allocate_as_needed(os.environ)
-    default = microbench.default_config(jax.default_backend())
-    config = tyro.cli(microbench.MicrobenchConfig, default=default, description=__doc__, use_underscores=True)
+    default = microbench_config.default_config(jax.default_backend())
+    config = tyro.cli(microbench_config.MicrobenchConfig, default=default, description=__doc__, use_underscores=True)
     with reported_errors():
         microbench.run(config)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import tyro
 
 from jaxchunk import plotting
+from jaxchunk.bench import figures
 from jaxchunk.errors import InputError, reported_errors
 from jaxchunk.training.comparison import comparison_table
 
@@ -31,8 +32,8 @@ def main() -> None:
         for run in runs:
             if run in training:  # a run that was killed has its steps and no summary: its figure can still be drawn
                 print(plotting.plot_training(run))
-            elif plotting.is_microbench(run):  # likewise
-                print(*plotting.plot_microbench(run), sep="\n")
+            elif figures.is_microbench(run):  # likewise
+                print(*figures.plot_microbench(run), sep="\n")
             elif _is_training_pair(run):
                 print(plotting.plot_training_pair(run))
             elif (run / "records.jsonl").exists() and (run / "summary.json").exists():

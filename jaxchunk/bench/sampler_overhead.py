@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxchunk.bench import harness, microbench
+from jaxchunk.bench import harness, microbench, microbench_config
 from jaxchunk.bench.harness import Benchmark
-from jaxchunk.bench.microbench import MicrobenchConfig
+from jaxchunk.bench.microbench_config import MicrobenchConfig
 from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.bench.statistics import bootstrap_median, interval_of, ratios
 from jaxchunk.run_dir import RunDirectory
@@ -22,7 +22,7 @@ def run(config: MicrobenchConfig) -> None:
     Raises:
       InputError: a flag is out of its domain, the directory cannot be used, or nothing fits in memory.
     """
-    microbench.validate(config)
+    microbench_config.validate(config)
     config = dataclasses.replace(
         config, chunks=config.chunks[:1], inputs=config.inputs[:1], softmax=config.softmax[:1], timeline=False
     )
@@ -31,7 +31,7 @@ def run(config: MicrobenchConfig) -> None:
         (variant,) = microbench.Programs(config).variants()
         return [dataclasses.replace(variant, name=name, watched=name == ON) for name in (ON, OFF)]
 
-    harness.run(Benchmark("sampler-overhead", config, microbench.protocol_of(config), variants, _report))
+    harness.run(Benchmark("sampler-overhead", config, microbench_config.protocol_of(config), variants, _report))
 
 
 def _report(directory: RunDirectory, measurements: Sequence[Measurement]) -> str:

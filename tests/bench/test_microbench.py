@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchunk.bench import microbench
-from jaxchunk.bench.microbench import MicrobenchConfig
+from jaxchunk.bench import microbench, microbench_config
+from jaxchunk.bench.microbench_config import MicrobenchConfig
 from jaxchunk.errors import InputError
 from jaxchunk.telemetry.wall_meter import WallMeter
 
@@ -36,23 +36,23 @@ CONFIG = MicrobenchConfig(m=64, k=16, n=96, chunks=(1, 4), iters=2, warmup=1, re
 )
 def test_bad_flags_are_named(change, words):
     with pytest.raises(InputError, match=words):
-        microbench.validate(dataclasses.replace(CONFIG, **change))
+        microbench_config.validate(dataclasses.replace(CONFIG, **change))
 
 
 def test_what_does_not_fit_is_said_before_anything_is_compiled():
-    paper = dataclasses.replace(microbench.default_config("gpu"), chunks=(1,))
+    paper = dataclasses.replace(microbench_config.default_config("gpu"), chunks=(1,))
     assert (paper.m, paper.k, paper.n) == (32768, 2048, 131072)
     with pytest.raises(InputError, match=r"needs about 10\.3 GB at 1 chunk, and 7\.5 GB can be used; --n 65536 would"):
-        microbench._check_memory(paper, int(8e9))
+        microbench_config.check_memory(paper, int(8e9))
     # A and B of one kind of inputs at a time, accumulator, a chunk's logits and its rows of A.
     exact = 2 * (32768 + 131072) * 2048 + 4 * 2048 * 131072 + 2 * 2048 * (131072 + 2048)
     sixteen = dataclasses.replace(paper, chunks=(16,))
     assert exact < 2.3e9
-    microbench._check_memory(sixteen, math.ceil(exact / 0.94) + 1)
+    microbench_config.check_memory(sixteen, math.ceil(exact / 0.94) + 1)
     with pytest.raises(InputError, match="at 16 chunks"):
-        microbench._check_memory(sixteen, math.floor(exact / 0.94) - 1)
+        microbench_config.check_memory(sixteen, math.floor(exact / 0.94) - 1)
     with pytest.raises(InputError, match="use a smaller --m as well"):
-        microbench._check_memory(paper, int(1e6))
+        microbench_config.check_memory(paper, int(1e6))
 
 
 @pytest.mark.parametrize("workload", ["softmax", "lm_head"])
@@ -70,12 +70,12 @@ def test_variants_differ_in_chunks_and_inputs_only(workload):
 
 
 def test_where_one_chunk_alone_does_not_fit_that_is_said_and_the_others_run(caplog):
-    paper = microbench.default_config("gpu")
-    microbench._check_memory(paper, int(8e9))
+    paper = microbench_config.default_config("gpu")
+    microbench_config.check_memory(paper, int(8e9))
     (record,) = caplog.records
     assert "at 1 chunk, and 7.5 GB can be used; --n 65536 would fit" in record.getMessage()
     caplog.clear()
-    microbench._check_memory(paper, int(24e9))
+    microbench_config.check_memory(paper, int(24e9))
     assert not caplog.records
 
 
@@ -97,11 +97,11 @@ def test_one_kind_of_operands_is_held_at_a_time(monkeypatch):
 
 
 def test_quick_measures_less():
-    quick = microbench._quickened(microbench.default_config("gpu"))
+    quick = microbench_config.quickened(microbench_config.default_config("gpu"))
     assert quick.chunks == (1, 4, 16) and quick.inputs == ("random",) and quick.repeats == 5
-    protocol = microbench.protocol_of(dataclasses.replace(quick, quick=True))
+    protocol = microbench_config.protocol_of(dataclasses.replace(quick, quick=True))
     assert (protocol.calls, protocol.window_s, protocol.warmup_calls) == (None, 2.0, 3)
-    protocol = microbench.protocol_of(microbench.default_config("gpu"))
+    protocol = microbench_config.protocol_of(microbench_config.default_config("gpu"))
     assert (protocol.calls, protocol.warmup_calls, protocol.temperature_tolerance_c) == (100, 10, 2.0)
 
 
@@ -109,7 +109,7 @@ def test_quick_measures_less():
     ("given", "measured"), [((1, 2, 8), (1, 2, 8)), ((1, 64), (1, 64)), ((1, 2, 8, 32), (1, 2, 8))]
 )
 def test_quick_keeps_the_counts_that_were_asked_for(given, measured):
-    assert microbench._quickened(dataclasses.replace(CONFIG, chunks=given)).chunks == measured
+    assert microbench_config.quickened(dataclasses.replace(CONFIG, chunks=given)).chunks == measured
 
 
 def wall_csv(path, start_unix_s, seconds):

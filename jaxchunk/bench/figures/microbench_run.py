@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxchunk.bench.harness import RECORDS, read_measurements
+from jaxchunk.bench.microbench_config import MicrobenchConfig, flops_per_call
 from jaxchunk.bench.protocol import Measurement
 from jaxchunk.bench.timeline import KernelSpan, read_timeline
 from jaxchunk.bench.verdict import Comparison, Row, compare, pair_to_show
@@ -85,8 +86,6 @@ def read_microbench(run_path: Path) -> MicrobenchRun:
     """
     if not is_microbench(run_path):
         raise InputError(f"{run_path} holds no records of microbench.py; give the directory that it wrote")
-    from jaxchunk.bench.microbench import MicrobenchConfig, flops_per_call  # late: it draws these figures itself
-
     config = _read_object(run_path / "config.json")
     measurements = read_measurements(run_path)
     if not measurements:

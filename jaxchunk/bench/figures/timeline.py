@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxchunk.bench.figures.folding import fold, milliseconds, renewal, resolution_note, valid_windows
+from jaxchunk.bench.figures.microbench_run import MicrobenchRun
+from jaxchunk.bench.figures.power import COLUMNS, PAIR_COLORS, chunks_label, draw_folded
 from jaxchunk.bench.timeline import KINDS, KernelSpan
-from jaxchunk.plotting.folding import fold, milliseconds, renewal, resolution_note, valid_windows
-from jaxchunk.plotting.microbench_run import MicrobenchRun
-from jaxchunk.plotting.power import COLUMNS, PAIR_COLORS, chunks_label, draw_folded
 from jaxchunk.plotting.style import BLACK, BLUE, LIGHT_GREY, ORANGE, legend_above, tidy, write_titles
 
 if TYPE_CHECKING:

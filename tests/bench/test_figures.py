@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxchunk import plotting
-from jaxchunk.bench.microbench import MicrobenchConfig
+from jaxchunk.bench import figures
+from jaxchunk.bench.figures import folding
+from jaxchunk.bench.figures.microbench import draw_energy_time, draw_period, draw_throughput
+from jaxchunk.bench.figures.microbench_run import read_microbench
+from jaxchunk.bench.figures.power import draw_power
+from jaxchunk.bench.figures.timeline import draw_timeline, one_iteration
+from jaxchunk.bench.microbench_config import MicrobenchConfig
 from jaxchunk.bench.protocol import Measurement
 from jaxchunk.bench.timeline import KernelSpan, write_timeline
 from jaxchunk.errors import InputError
-from jaxchunk.plotting import folding
-from jaxchunk.plotting.microbench import draw_energy_time, draw_period, draw_throughput
-from jaxchunk.plotting.microbench_run import read_microbench
-from jaxchunk.plotting.power import draw_power
 from jaxchunk.plotting.style import LabelledPoint, label_points, new_figure
-from jaxchunk.plotting.timeline import draw_timeline, one_iteration
 
 # Made up, of the size of an H200's. Seconds a call at 1, 2, ... chunks.
 TIMES_MS = {
@@ -167,7 +167,7 @@ def points(axis, label):
 
 
 def test_every_figure_is_drawn_and_named(gpu_path):
-    paths = plotting.plot_microbench(gpu_path)
+    paths = figures.plot_microbench(gpu_path)
     assert paths == [gpu_path / name for name in ALL]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -382,13 +382,13 @@ def test_what_is_missing_leaves_figures_out(gpu_path, gpu_run, tmp_path):
     path = synthetic_run(tmp_path / "a", chunks=(2,), kinds=("zero",), repeats=1)
     for timeline in path.glob("timeline-*"):
         timeline.unlink()
-    names = [figure.name for figure in plotting.plot_microbench(path)]
+    names = [figure.name for figure in figures.plot_microbench(path)]
     assert names == ["throughput.png", "power.png", "energy_time.png"]  # nothing to compare with, and no kernels
 
 
 def test_a_cpu_has_no_power(tmp_path):
     path = synthetic_run(tmp_path / "run", gpu=False)
-    assert [figure.name for figure in plotting.plot_microbench(path)] == ["throughput.png", "period.png"]
+    assert [figure.name for figure in figures.plot_microbench(path)] == ["throughput.png", "period.png"]
     run = read_microbench(path)
     left = drawn(draw_throughput, run).axes[0]
     assert left.get_ylabel() == "GEMM throughput (GFLOP/s)"
@@ -444,14 +444,14 @@ def test_the_script_redraws_a_killed_run(tmp_path):
 
 def test_other_directories_are_no_microbenchmark(tmp_path):
     path = synthetic_run(tmp_path / "run", repeats=1, chunks=(1,), gpu=False)
-    assert plotting.is_microbench(path)
+    assert figures.is_microbench(path)
     assert read_microbench(path).device == "cpu"
     (path / "env.json").unlink()
     assert read_microbench(path).title.startswith("unknown device, M=32768")
     (path / "records.jsonl").write_text('{"variant": "cut')
     with pytest.raises(InputError, match="no whole record"):
-        plotting.plot_microbench(path)
+        figures.plot_microbench(path)
     (path / "config.json").write_text(json.dumps({"tokens": 1024, "width": 128}))
-    assert not plotting.is_microbench(path)
+    assert not figures.is_microbench(path)
     with pytest.raises(InputError, match=r"holds no records of microbench\.py"):
-        plotting.plot_microbench(path)
+        figures.plot_microbench(path)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxchunk.bench.figures.microbench_run import MicrobenchRun, read_microbench
+from jaxchunk.bench.figures.power import draw_power
+from jaxchunk.bench.figures.timeline import draw_timeline
 from jaxchunk.bench.statistics import Interval, ratios, values_of
 from jaxchunk.bench.verdict import Row
-from jaxchunk.plotting.microbench_run import MicrobenchRun, read_microbench
-from jaxchunk.plotting.power import draw_power
 from jaxchunk.plotting.style import (
     BLUE,
     GREY,
@@ -22,7 +23,6 @@ from jaxchunk.plotting.style import (
     tidy,
     write_titles,
 )
-from jaxchunk.plotting.timeline import draw_timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
