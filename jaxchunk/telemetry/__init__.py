@@ -29,7 +29,7 @@ from jaxchunk.telemetry.group import AnyMonitor, GroupMonitor, open_monitor
 from jaxchunk.telemetry.monitor import Monitor
 from jaxchunk.telemetry.nvml import NvmlDevice, all_devices, find_device
 from jaxchunk.telemetry.samples import Samples
-from jaxchunk.telemetry.simulated import SimulatedDevice
+from jaxchunk.telemetry.simulation.simulated import SimulatedDevice
 from jaxchunk.telemetry.tracks import EnergySource
 from jaxchunk.telemetry.watcher import CompletionWatcher
 from jaxchunk.telemetry.window import CrossCheck, Window

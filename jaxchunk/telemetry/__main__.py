@@ -51,7 +51,7 @@ def _no_device_reason() -> str:
 
 def _simulated(name: str) -> tuple[Device, Clocks]:
     """An idle simulated GPU, and the clocks by which it lives."""
-    from jaxchunk.telemetry import plant, plant_device, profiles, simulated
+    from jaxchunk.telemetry.simulation import plant, plant_device, profiles, simulated
 
     clock = simulated.ManualClock()
     profile = {"h200": profiles.H200, "l40s": profiles.L40S, "gb10": profiles.GB10}[name]

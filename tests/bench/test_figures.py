@@ -436,7 +436,7 @@ def test_the_script_redraws_a_killed_run(tmp_path):
         (path / name).write_text(whole[: -len(whole.splitlines()[-1]) // 2])
     assert not (path / "summary.json").exists()
     assert len(read_microbench(path).measurements) == 2 * 2 * 2 - 1
-    script = Path(__file__).parent.parent / "scripts" / "plot.py"
+    script = Path(__file__).parents[2] / "scripts" / "plot.py"
     done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(path / name) for name in ALL]

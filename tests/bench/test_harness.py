@@ -14,7 +14,7 @@ from jaxchunk.bench.harness import BenchConfig, Benchmark
 from jaxchunk.bench.protocol import Conditions, Protocol, Variant
 from jaxchunk.errors import InputError
 from jaxchunk.telemetry import Monitor, ReadFailed
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice
 
 PROTOCOL = Protocol(repeats=3, calls=2, warmup_calls=1, temperature_tolerance_c=None)
 

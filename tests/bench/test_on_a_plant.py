@@ -12,10 +12,10 @@ from jaxchunk.bench import protocol as protocol_module
 from jaxchunk.bench import verdict
 from jaxchunk.bench.protocol import Protocol, Variant, measure, settle
 from jaxchunk.telemetry import Monitor
-from jaxchunk.telemetry.plant import Plant, chunked_iteration
-from jaxchunk.telemetry.plant_device import PlantDevice
-from jaxchunk.telemetry.profiles import H200
-from jaxchunk.telemetry.simulated import ManualClock
+from jaxchunk.telemetry.simulation.plant import Plant, chunked_iteration
+from jaxchunk.telemetry.simulation.plant_device import PlantDevice
+from jaxchunk.telemetry.simulation.profiles import H200
+from jaxchunk.telemetry.simulation.simulated import ManualClock
 
 STEP_S = 1e-3
 COMPUTE_S, MEMORY_S = 0.051, 0.007

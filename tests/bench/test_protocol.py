@@ -12,7 +12,7 @@ from jaxchunk.bench import protocol as protocol_module
 from jaxchunk.bench.protocol import Conditions, Protocol, Variant, measure, settle
 from jaxchunk.bench.statistics import bootstrap_median, interval_of, ratio_of, ratio_of_best, ratios
 from jaxchunk.telemetry import Monitor, Window
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice
 from jaxchunk.telemetry.window import summed
 
 PLAIN = Protocol(repeats=6, window_s=1.0, warmup_calls=2, temperature_tolerance_c=None)

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxchunk.telemetry import CALLS, NotSupported, ReadFailed, probe
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice
 
 
 def device(**options):

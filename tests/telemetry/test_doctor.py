@@ -15,7 +15,7 @@ from jaxchunk.telemetry import CALLS, DeviceNotFound, Monitor, NotSupported, Rea
 from jaxchunk.telemetry.doctor import Clocks, diagnose
 from jaxchunk.telemetry.doctor_text import render
 from jaxchunk.telemetry.rails import Rail, UnusedSensor
-from jaxchunk.telemetry.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave, drive
 
 ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")
 WAVE = SquareWave(700.0, 300.0, 0.4, phase_s=0.05)

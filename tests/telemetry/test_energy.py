@@ -7,7 +7,7 @@ import pytest
 
 from jaxchunk.telemetry import Monitor, NotSupported
 from jaxchunk.telemetry.energy import CounterCurve, PowerIntegral
-from jaxchunk.telemetry.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave, drive
 
 ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")
 SOURCES = {

@@ -9,7 +9,7 @@ import pytest
 
 from jaxchunk.telemetry import GroupMonitor, Monitor, NotSupported, ReadFailed, group, open_monitor
 from jaxchunk.telemetry.device import DeviceNotFound
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive
 from jaxchunk.telemetry.window import Window, summed
 
 ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")

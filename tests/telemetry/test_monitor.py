@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxchunk.telemetry import CALLS, Monitor, NotSupported, ReadFailed, open_monitor
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
 
 ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")
 

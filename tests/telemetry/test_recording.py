@@ -9,7 +9,7 @@ import pytest
 
 from jaxchunk.errors import InputError
 from jaxchunk.telemetry import Monitor, ReadFailed
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
 
 RUN_S = 20.0
 

@@ -12,7 +12,7 @@ import pytest
 from jaxchunk.errors import InputError
 from jaxchunk.telemetry import Monitor, NotSupported, ReadFailed
 from jaxchunk.telemetry.schedule import CPU_SHARE
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
 
 ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")
 LOST = ReadFailed("NVML_ERROR_GPU_IS_LOST")

@@ -7,7 +7,7 @@ import pytest
 
 from jaxchunk.telemetry import Monitor, ReadFailed
 from jaxchunk.telemetry.schedule import CHECK_S, CPU_SHARE, MAX_CPU_SHARE, MAX_DEBT_S, CounterSchedule
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive
 
 POLL_S = 0.005
 

@@ -5,7 +5,7 @@ import threading
 import time
 
 from jaxchunk.telemetry import Monitor
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive
 
 
 class WallPacedDevice(SimulatedDevice):

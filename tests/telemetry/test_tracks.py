@@ -12,7 +12,7 @@ from jaxchunk.telemetry.device import Probe
 from jaxchunk.telemetry.energy import CounterCurve
 from jaxchunk.telemetry.reading import Reading
 from jaxchunk.telemetry.samples import CSV_COLUMNS, SampleFile
-from jaxchunk.telemetry.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, SquareWave, drive
 from jaxchunk.telemetry.tracks import RailKind, Tracks
 
 

@@ -14,7 +14,7 @@ from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.models import qwen2
 from jaxchunk.run_dir import read_json_lines
 from jaxchunk.telemetry import Monitor, NotSupported, SimulatedDevice
-from jaxchunk.telemetry.simulated import Constant
+from jaxchunk.telemetry.simulation.simulated import Constant
 from jaxchunk.training import loop
 from jaxchunk.training.config import TrainConfig
 

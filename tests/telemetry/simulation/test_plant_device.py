@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jaxchunk.telemetry import CALLS, THROTTLE_REASONS, Monitor, NotSupported, ReadFailed, probe
-from jaxchunk.telemetry.plant import Phase, Plant, chunked_iteration
-from jaxchunk.telemetry.plant_device import PlantDevice
-from jaxchunk.telemetry.profiles import GB10, H200, L40S
-from jaxchunk.telemetry.simulated import ManualClock, drive
+from jaxchunk.telemetry.simulation.plant import Phase, Plant, chunked_iteration
+from jaxchunk.telemetry.simulation.plant_device import PlantDevice
+from jaxchunk.telemetry.simulation.profiles import GB10, H200, L40S
+from jaxchunk.telemetry.simulation.simulated import ManualClock, drive
 
 ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")
 LOST = ReadFailed("NVML_ERROR_UNKNOWN")

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jaxchunk.errors import InputError
-from jaxchunk.telemetry.profiles import GpuProfile, Kind
+from jaxchunk.telemetry.simulation.profiles import GpuProfile, Kind
 
 # The reasons for a lower clock that the plant knows, a subset of `device.THROTTLE_REASONS`. One at most is active.
 PLANT_REASONS = ("sw_power_cap", "sw_thermal", "hw_power_brake")

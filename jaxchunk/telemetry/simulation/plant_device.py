@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from jaxchunk.telemetry.device import NotSupported, ReadError
-from jaxchunk.telemetry.plant import IDLE_BEFORE_S, Plant
+from jaxchunk.telemetry.simulation.plant import IDLE_BEFORE_S, Plant
 
 
 class AdjustableClock(Protocol):

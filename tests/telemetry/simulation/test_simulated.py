@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxchunk.telemetry.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave
 
 
 @pytest.mark.parametrize(

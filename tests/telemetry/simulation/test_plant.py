@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxchunk.errors import InputError
-from jaxchunk.telemetry.plant import PLANT_REASONS, Phase, Plant, chunked_iteration
-from jaxchunk.telemetry.profiles import GB10, H200, L40S
+from jaxchunk.telemetry.simulation.plant import PLANT_REASONS, Phase, Plant, chunked_iteration
+from jaxchunk.telemetry.simulation.profiles import GB10, H200, L40S
 
 PROFILES = pytest.mark.parametrize("profile", [H200, L40S, GB10], ids=lambda profile: profile.name)
 # Seconds of GEMMs and of softmax of the paper's microbenchmark, at the reference clock.
