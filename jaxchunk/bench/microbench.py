@@ -106,7 +106,9 @@ class Programs:
         """Summary, table, verdict and figures."""
         config = self._config
         comparison = verdict.compare(measurements, flops_per_call(config), self._facts)
-        directory.write_json("summary.json", dataclasses.asdict(comparison) | {"paper": verdict.PAPER})
+        peak_bytes = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # of the hungriest variant
+        summary = dataclasses.asdict(comparison) | {"peak_memory_bytes": peak_bytes, "paper": verdict.PAPER}
+        directory.write_json("summary.json", summary)
         table = verdict.table(comparison)
         page = [table, *comparison.sentences, verdict.paper_lines()]
         (directory.path / "table.md").write_text("\n\n".join(page) + "\n")
