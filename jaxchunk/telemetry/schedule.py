@@ -15,9 +15,9 @@ MAX_DEBT_S = 1.2
 # Readings it takes to see a tick between two of them: one before, one after, now and then another.
 READINGS_PER_TICK = 2.5
 # A grid is checked against two ticks in a row that are seen to happen at least so often, or as often as half the budget
-# allows, and before its error exceeds this share of a period, while CPU_SHARE has not been exceeded by half of
+# allows, and before its error exceeds this share of a period, while CPU_SHARE has not been exceeded by 0.55
 # MAX_DEBT_S.
-CHECK_S = 6.0
+CHECK_S = 4.0
 READINGS_PER_CHECK = 2 * READINGS_PER_TICK
 MAX_GRID_ERROR = 0.12
 
@@ -91,7 +91,7 @@ class CounterSchedule:
         if self._saving:
             return False
         uncertain = grid.error_s(end_s) > MAX_GRID_ERROR * grid.period_s
-        return (uncertain and self._beyond_s < MAX_DEBT_S / 2) or end_s - grid.last_seen_s > check_s
+        return (uncertain and self._beyond_s < 0.55 * MAX_DEBT_S) or end_s - grid.last_seen_s > check_s
 
     def _before_next_tick(self, curve: CounterCurve, end_s: float) -> float:
         """Just before the tick that follows the last one seen; from there on, every poll period."""

@@ -110,7 +110,9 @@ class TickGrid:
         ticks.append((earliest_s, latest_s))
         while latest_s - ticks[0][1] > self.MEMORY_S:
             ticks.pop(0)
-        if len(ticks) > self.MEMORY:
+        if len(ticks) > self.MEMORY and self.period_s is None:
+            ticks.pop(0)  # a rhythm is learnt from ticks in a row
+        elif len(ticks) > self.MEMORY:
             ticks.pop(min(range(1, len(ticks) - 1), key=lambda i: ticks[i + 1][0] - ticks[i - 1][0]))
 
     def _fit(self) -> None:
@@ -127,6 +129,13 @@ class TickGrid:
         if period_s <= 0 or np.any(steps < 1):
             self.period_s = None
             return
+        if self.period_s is None and np.any(steps > 1):
+            # Behind a gap nobody knows yet how many ticks were in it: several periods would fit.
+            since = int(np.flatnonzero(steps > 1)[-1]) + 1
+            if len(middle_s) - since < self.LEARNING:
+                return
+            earliest_s, latest_s, middle_s = earliest_s[since:], latest_s[since:], middle_s[since:]
+            steps = steps[since:]
         n = np.concatenate([[0], np.cumsum(steps)]) - np.sum(steps)  # 0 at the last tick, negative before
         shortest_s, longest_s = _periods(n, earliest_s, latest_s)
         jitter_s = 0.0
