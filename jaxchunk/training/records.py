@@ -156,8 +156,10 @@ def _totals(parts: Iterable[dict[str, float] | None]) -> dict[str, float] | None
 
 
 def _total(parts: Iterable[float | None]) -> float | None:
-    known = [part for part in parts if part is not None]
-    return sum(known) if known else None
+    """The sum; None where a part is unknown, for the others alone would be too little."""
+    values = list(parts)
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def _disagreement(stretches: list[Window]) -> float | None:
