@@ -175,7 +175,7 @@ class Sampler:
         with self._lock:
             curve = self.tracks.energy
             assert isinstance(curve, CounterCurve)
-            due_s = self._due_s["counter"] = self._schedule.next_s(curve, reading.end_s, cost_s)
+            due_s = self._due_s["counter"] = self._schedule.next_s(curve, reading.start_s, reading.end_s, cost_s)
         if due_s - reading.end_s > self._counter_pause_s:
             self._counter_pause_s = due_s - reading.end_s
             self._keep(Reading("counter_pause", reading.end_s, reading.end_s, self._counter_pause_s))

@@ -1,6 +1,7 @@
 """When to read an energy counter that ticks: exactly enough, because on some GPUs a reading costs milliseconds."""
 
 import math
+import random
 import statistics
 from collections import deque
 
@@ -12,13 +13,13 @@ CPU_SHARE = 0.010
 # more than MAX_CPU_SHARE, except for MAX_DEBT_S seconds of processor time, once.
 MAX_CPU_SHARE = 1.5 * CPU_SHARE
 MAX_DEBT_S = 1.2
-# Readings it takes to see a tick between two of them: one before, one after, now and then another.
+# Readings it takes to see a tick between two of them: one before, one after, and those that the grid's error asks for.
 READINGS_PER_TICK = 2.5
 # A grid is checked against two ticks in a row that are seen to happen at least so often, or as often as half the budget
 # allows, and before its error exceeds this share of a period, while CPU_SHARE has not been exceeded by 0.55
 # MAX_DEBT_S.
 CHECK_S = 4.0
-READINGS_PER_CHECK = 2 * READINGS_PER_TICK
+READINGS_PER_CHECK = 7.0
 MAX_GRID_ERROR = 0.12
 
 
@@ -38,6 +39,8 @@ class CounterSchedule:
 
     def __init__(self, poll_period_s: float):
         self._poll_period_s = poll_period_s
+        self._random = random.Random(0)
+        self._soonest_s = -math.inf  # for the next reading of a tick that is looked for
         self._costs_s: deque[float] = deque(maxlen=9)
         self._attend_until_s = -math.inf
         self._learning_since_s: float | None = None
@@ -52,10 +55,12 @@ class CounterSchedule:
         self._attend_until_s = now_s + 2.5 * (curve.grid.period_s or 0.0)
         return curve.grid.period_s is not None and self._debt_s < MAX_DEBT_S
 
-    def next_s(self, curve: CounterCurve, end_s: float, cost_s: float) -> float:
-        """The time of the next reading after one that was over at `end_s` and took `cost_s` of processor time."""
+    def next_s(self, curve: CounterCurve, start_s: float, end_s: float, cost_s: float) -> float:
+        """The time of the next reading after one from `start_s` to `end_s` that took `cost_s` of processor time."""
         self._costs_s.append(cost_s)
         self._pay(end_s, cost_s)
+        # At random: a fixed distance can divide the period, and then always leaves the same part of it open.
+        self._soonest_s = max(start_s + self._random.uniform(0.7, 1.0) * self._poll_period_s, end_s)
         affordable_s = end_s + max(self._debt_s - MAX_DEBT_S, 0.0) / MAX_CPU_SHARE
         return max(self._wanted_s(curve, end_s), affordable_s)
 
@@ -69,7 +74,7 @@ class CounterSchedule:
         per_s = CPU_SHARE / max(statistics.median(self._costs_s), 1e-6)  # readings a second that the budget allows
         period_s = curve.grid.period_s
         if period_s is None:
-            return end_s + self._poll_period(end_s, per_s)
+            return end_s + (self._poll_period_s if self._learns(end_s) else max(self._poll_period_s, 1 / per_s))
         self._learning_since_s = None
         check_s = max(CHECK_S, READINGS_PER_CHECK / (per_s / 2))
         if per_s * period_s >= READINGS_PER_TICK or self._needs_check(curve, end_s, check_s):
@@ -77,13 +82,12 @@ class CounterSchedule:
         periods = math.ceil(1 / ((per_s - READINGS_PER_CHECK / check_s) * period_s))
         return self._middle_of_period(curve, end_s, 1 if end_s < self._attend_until_s else periods)
 
-    def _poll_period(self, end_s: float, per_s: float) -> float:
+    def _learns(self, end_s: float) -> bool:
         if self._learning_since_s is None:
             self._learning_since_s, self._retry_s = end_s, self.RETRY_S
         elif end_s - self._learning_since_s > self._retry_s and not self._saving:
             self._learning_since_s, self._retry_s = end_s, 2 * self._retry_s
-        learning = 0 <= end_s - self._learning_since_s < self.LEARNING_S and not self._saving
-        return self._poll_period_s if learning else max(self._poll_period_s, 1 / per_s)
+        return 0 <= end_s - self._learning_since_s < self.LEARNING_S and not self._saving
 
     def _needs_check(self, curve: CounterCurve, end_s: float, check_s: float) -> bool:
         grid = curve.grid
@@ -99,7 +103,7 @@ class CounterSchedule:
         assert grid.period_s is not None
         # Not a tick that passed more than half a period ago: the reading of it is over.
         tick_s = grid.nearest(max(curve.last_tick_s + grid.period_s, end_s))
-        return max(tick_s - grid.error_s(tick_s) - self._poll_period_s / 5, end_s + self._poll_period_s)
+        return max(tick_s - grid.error_s(tick_s) - self._poll_period_s / 5, self._soonest_s)
 
     def _middle_of_period(self, curve: CounterCurve, end_s: float, periods: int) -> float:
         grid = curve.grid

@@ -13,6 +13,10 @@ class TickGrid:
     the possible periods for every tick since. Jitter widens it: where no line fits, twice the most by
     which a tick misses the least-squares line, and always `SLACK_S` for what has not shown yet.
 
+    Where the periods that are possible are within `COMMON_WITHIN` of each other and one of them is a common one, it is
+    taken to be that one, up to `DRIFT`: the few ticks of the beginning leave the period so open that the error would
+    grow by half of one within seconds. A tick that contradicts it excludes it for good.
+
     There is no grid (`period_s` is None) before `LEARNING` ticks were seen, and for ticks that keep no rhythm (an error
     of more than `MAX_ERROR` periods). A tick that was seen where the grid has none makes it learn anew.
     """
@@ -24,6 +28,9 @@ class TickGrid:
     SLACK_S = 1e-3
     MAX_ERROR = 0.2
     WIDEST = 0.5  # of a period; a tick that is known less well is not learnt from
+    COMMON_PERIODS_S = (0.01, 0.02, 0.025, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0)  # timers of drivers run at round periods
+    COMMON_WITHIN = 0.1  # so well, in periods, a period must be known before it is taken to be a common one
+    DRIFT = 1e-4  # of the device's clock against ours
     NARROW = 0.2  # of a period; so well a tick must be known to confirm the grid, unless `USUAL` asks for less
     USUAL = 1.25  # of the median width of the ticks that the grid was learnt from
     REFIT_S = 1.0
@@ -35,6 +42,8 @@ class TickGrid:
         self._ticks: list[tuple[float, float]] = []
         self._unused = 0  # ticks that the grid does not know of yet
         self._fitted_s = -math.inf
+        self._common_period_s: float | None = None  # the common period that the grid has
+        self._contradicted: set[float] = set()  # common periods that a tick contradicted
         self._usual_s = 0.0
         self._origin_s = 0.0  # of the last tick seen, on the grid
         self._origin_error_s = 0.0
@@ -52,6 +61,8 @@ class TickGrid:
             expected_s = self.nearest(middle_s)
             error_s = self.error_s(expected_s)
             if abs(expected_s - middle_s) > half_s + error_s:
+                if self._common_period_s is not None:
+                    self._contradicted.add(self._common_period_s)
                 self.forget()
                 kept = False
             elif error_s > self.period_s / 2:  # which of the ticks this is nobody knows: only the period is kept
@@ -144,11 +155,20 @@ class TickGrid:
             jitter_s = max(float(np.max(earliest_s - line_s)), float(np.max(line_s - latest_s)))
         earliest_s, latest_s = earliest_s - 2 * jitter_s - self.SLACK_S, latest_s + 2 * jitter_s + self.SLACK_S
         shortest_s, longest_s = _periods(n, earliest_s, latest_s)
+        self._common_period_s = None if jitter_s else self._common_among(shortest_s, longest_s)
+        if self._common_period_s is not None:
+            shortest_s = max(shortest_s, self._common_period_s * (1 - self.DRIFT))
+            longest_s = min(longest_s, self._common_period_s * (1 + self.DRIFT))
         first_s, last_s = float(np.max(earliest_s - n * shortest_s)), float(np.min(latest_s - n * longest_s))
         self._origin_s, self._origin_error_s = (first_s + last_s) / 2, (last_s - first_s) / 2
         self._period_error_s = (longest_s - shortest_s) / 2
         period_s = (shortest_s + longest_s) / 2
         self.period_s = period_s if self._origin_error_s <= self.MAX_ERROR * period_s else None
+
+    def _common_among(self, shortest_s: float, longest_s: float) -> float | None:
+        """The common period among the possible ones."""
+        possible = (p for p in self.COMMON_PERIODS_S if p not in self._contradicted and shortest_s <= p <= longest_s)
+        return next((p for p in possible if longest_s - shortest_s <= self.COMMON_WITHIN * p), None)
 
 
 def _periods(n: np.ndarray, earliest_s: np.ndarray, latest_s: np.ndarray) -> tuple[float, float]:

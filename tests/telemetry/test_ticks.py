@@ -37,6 +37,9 @@ def test_every_later_tick_is_within_the_error(ticks_ahead):
     for seed in range(200):
         generator = random.Random(seed)
         period_s, width_s = generator.uniform(0.02, 0.3), generator.uniform(0.0, 0.4)
+        common_s = min(TickGrid.COMMON_PERIODS_S, key=lambda common_s: abs(common_s - period_s))
+        if abs(common_s - period_s) < TickGrid.COMMON_WITHIN * common_s:
+            period_s = common_s  # one that is nearly so has a test of its own
         grid, last_s = learnt(period_s, seed, ticks=generator.randint(8, 60), width_s=width_s * period_s)
         if grid.period_s is None:
             continue
@@ -65,6 +68,27 @@ def test_jitter_widens_the_error(jitter_s):
         assert grid.error_s(expected_s) > jitter_s / 2
         outside += abs(expected_s - true_s) > grid.error_s(expected_s)
     assert outside == 0
+
+
+def test_a_common_period_is_taken_up_at_once():
+    """Eight ticks, each known to 40 ms, leave 10 ms open: in five periods the error would be half of one."""
+    generator, grid = random.Random(0), TickGrid()
+    for i in range(TickGrid.LEARNING):
+        see(grid, 3.0 + i * 0.1, generator, 0.02)
+    assert abs(grid.period_s - 0.1) <= 2 * TickGrid.DRIFT * 0.1
+    expected_s = grid.nearest(23.0)
+    assert abs(expected_s - 23.0) <= grid.error_s(expected_s) < 0.02
+
+
+@pytest.mark.parametrize("period_s", [0.0992, 0.1007, 0.1013])
+def test_a_period_beside_a_common_one_is_found_once_that_is_contradicted(period_s):
+    generator, grid, contradictions = random.Random(4), TickGrid(), 0
+    for i in range(300):
+        contradictions += not see(grid, 3.0 + i * period_s, generator, 0.012)
+    assert contradictions <= 1
+    assert grid.period_s == pytest.approx(period_s, rel=1e-3)
+    expected_s = grid.nearest(3.0 + 320 * period_s)
+    assert abs(expected_s - (3.0 + 320 * period_s)) <= grid.error_s(expected_s)
 
 
 def test_ticks_without_a_rhythm_have_no_grid():
@@ -158,7 +182,7 @@ def test_the_tick_before_a_reading():
 
 @pytest.mark.parametrize(
     ("from_s", "to_s"),
-    [(0.0, 0.001), (0.098, 0.0985), (0.095, 0.105), (0.04, 0.12), (0.001, 0.01), (0.05, 0.0999)],
+    [(0.0, 0.001), (0.0990, 0.0995), (0.095, 0.105), (0.04, 0.12), (0.001, 0.01), (0.05, 0.0999)],
     ids=["on", "just before", "across", "long and across", "just after", "up to"],
 )
 def test_a_reading_near_a_tick_belongs_to_none(from_s, to_s):
