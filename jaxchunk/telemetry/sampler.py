@@ -91,10 +91,10 @@ class Sampler:
         """Says that a window begins or ends about now: the counter's next ticks are worth their price."""
         with self._lock:
             curve = self.tracks.energy
-            if isinstance(curve, CounterCurve) and self._schedule.attend(self._now(), curve):
-                grid, now_s = curve.grid, self._now()
-                assert grid.period_s is not None
-                self._due_s["counter"] = min(self._due_s["counter"], grid.nearest(now_s) + 1.5 * grid.period_s)
+            if isinstance(curve, CounterCurve):
+                due_s = self._schedule.attend(self._now(), curve)
+                if due_s is not None:
+                    self._due_s["counter"] = min(self._due_s["counter"], due_s)
             if "throttle" in self._due_s:
                 self._due_s["throttle"] = -math.inf
             self._wake.set()

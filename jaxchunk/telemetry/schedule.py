@@ -8,10 +8,10 @@ from collections import deque
 from jaxchunk.telemetry.energy import CounterCurve
 
 # Share of one core that reading the counter may take once its rhythm is known.
-CPU_SHARE = 0.010
+CPU_SHARE = 0.006
 # What learning a rhythm and reading around the ends of windows cost comes on top of that. In the long run it is never
 # more than MAX_CPU_SHARE, except for MAX_DEBT_S seconds of processor time, once.
-MAX_CPU_SHARE = 1.5 * CPU_SHARE
+MAX_CPU_SHARE = 0.015
 MAX_DEBT_S = 1.2
 # Readings it takes to see a tick between two of them: one before, one after, and those that the grid's error asks for.
 READINGS_PER_TICK = 2.5
@@ -42,6 +42,7 @@ class CounterSchedule:
         self._random = random.Random(0)
         self._soonest_s = -math.inf  # for the next reading of a tick that is looked for
         self._costs_s: deque[float] = deque(maxlen=9)
+        self._usual_reading_s = 0.0
         self._attend_until_s = -math.inf
         self._learning_since_s: float | None = None
         self._retry_s = self.RETRY_S
@@ -50,14 +51,25 @@ class CounterSchedule:
         self._saving = False
         self._paid_s = -math.inf
 
-    def attend(self, now_s: float, curve: CounterCurve) -> bool:
-        """Every tick matters until the next two are known. Whether the next reading should be asked for anew."""
-        self._attend_until_s = now_s + 2.5 * (curve.grid.period_s or 0.0)
-        return curve.grid.period_s is not None and self._debt_s < MAX_DEBT_S
+    def attend(self, now_s: float, curve: CounterCurve) -> float | None:
+        """Every tick matters until the next two are known, and the last one too: power may change from now on.
+
+        Returns:
+          When the counter should be read: now, for the tick before, or behind the tick that is too near for that. None
+          where there is no rhythm, or no budget.
+        """
+        period_s = curve.grid.period_s
+        self._attend_until_s = now_s + 2.5 * (period_s or 0.0)
+        if period_s is None or self._debt_s >= MAX_DEBT_S:
+            return None
+        if curve.grid.before(now_s, now_s + self._usual_reading_s) is not None:
+            return now_s
+        return curve.grid.nearest(now_s) + period_s / 2
 
     def next_s(self, curve: CounterCurve, start_s: float, end_s: float, cost_s: float) -> float:
         """The time of the next reading after one from `start_s` to `end_s` that took `cost_s` of processor time."""
         self._costs_s.append(cost_s)
+        self._usual_reading_s += (end_s - start_s - self._usual_reading_s) / 8
         self._pay(end_s, cost_s)
         # At random: a fixed distance can divide the period, and then always leaves the same part of it open.
         self._soonest_s = max(start_s + self._random.uniform(0.7, 1.0) * self._poll_period_s, end_s)

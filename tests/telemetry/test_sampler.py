@@ -109,7 +109,7 @@ def test_a_dear_counter_takes_its_budget_and_no_more():
     drive(monitor.sampler.poll_once, clock, 5.0, lateness_s=0.001)
     device.calls.clear()
     drive(monitor.sampler.poll_once, clock, 65.0, lateness_s=0.001)
-    assert 2 < device.calls["total_energy_j"] / 60 < 1.1 * CPU_SHARE / 0.0032
+    assert 0.7 < device.calls["total_energy_j"] / 60 / (CPU_SHARE / 0.0032) < 1.1
 
 
 def test_seconds_long_windows_are_known_where_other_threads_hold_the_driver():
@@ -140,6 +140,22 @@ def test_seconds_long_windows_are_known_where_other_threads_hold_the_driver():
             if window.energy_j is not None:
                 assert abs(window.energy_j - device.true_energy_j(start_s, end_s)) <= window.energy_bound_j
     assert nulls <= 8  # of 80
+
+
+def test_attending_reads_the_tick_before_at_once():
+    """Power jumps where a window begins. Seen on an H200: the last knot lay 0.8 s back, and windows of 6 s had 2%."""
+    clock, device, monitor = dear_rig(SquareWave(700.0, 130.0, 8.0, duty=0.75))
+    poll, bounds = monitor.sampler.poll_once, []
+    for start_s in (8.0, 16.0, 24.0, 32.0, 40.0):
+        drive(poll, clock, start_s, lateness_s=0.001)
+        for edge_s in (start_s, start_s + 6.0):
+            drive(poll, clock, edge_s, lateness_s=0.001)
+            monitor.attend()
+        drive(poll, clock, edge_s + 0.8, lateness_s=0.001)
+        window = monitor.window(start_s, edge_s)
+        assert abs(window.energy_j - device.true_energy_j(start_s, edge_s)) <= window.energy_bound_j
+        bounds.append(window.energy_bound_j / window.energy_j)
+    assert max(bounds) < 0.012, bounds
 
 
 @pytest.mark.parametrize("power", [700.0, SquareWave(750.0, 500.0, 0.43), SquareWave(690.0, 560.0, 0.0583)], ids=str)

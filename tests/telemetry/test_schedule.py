@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from jaxchunk.telemetry import Monitor, ReadFailed
-from jaxchunk.telemetry.schedule import CHECK_S, CPU_SHARE, MAX_CPU_SHARE, MAX_DEBT_S, CounterSchedule
+from jaxchunk.telemetry.schedule import (
+    CHECK_S,
+    CPU_SHARE,
+    MAX_CPU_SHARE,
+    MAX_DEBT_S,
+    READINGS_PER_CHECK,
+    CounterSchedule,
+)
 from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive
 
 POLL_S = 0.005
@@ -73,7 +80,7 @@ def test_trouble_does_not_break_the_budget(cost_s, trouble):
     assert cpu() <= MAX_DEBT_S + 160.0 * MAX_CPU_SHARE + cost_s
 
 
-@pytest.mark.parametrize(("cost_s", "tick_s"), [(0.0, 0.1), (0.0002, 0.1), (0.0004, 0.1), (0.0032, 1.0), (0.0, 0.02)])
+@pytest.mark.parametrize(("cost_s", "tick_s"), [(0.0, 0.1), (0.0002, 0.1), (0.0004, 0.1), (0.002, 1.0), (0.0, 0.02)])
 def test_a_counter_that_the_budget_allows_is_seen_at_every_tick(cost_s, tick_s):
     clock, _, _, monitor, _ = rig(cost_s, tick_s=tick_s)
     drive(monitor.sampler.poll_once, clock, 60.0)
@@ -88,7 +95,7 @@ def test_a_dear_counter_is_not_read_at_every_tick():
     clock, _, _, monitor, readings_s = rig(0.0032)
     drive(monitor.sampler.poll_once, clock, 60.0)
     late = [time_s for time_s in readings_s if time_s > 10.0]
-    assert 1.5 < len(late) / 50.0 < 1.1 * CPU_SHARE / 0.0032
+    assert 0.7 < len(late) / 50.0 / (CPU_SHARE / 0.0032) < 1.1
 
 
 def test_its_grid_is_checked_in_time():
@@ -97,7 +104,7 @@ def test_its_grid_is_checked_in_time():
     drive(monitor.sampler.poll_once, clock, 5.0)
     while clock() < 100.0:
         drive(monitor.sampler.poll_once, clock, clock() + 0.1)
-        assert clock() - grid.last_seen_s < CHECK_S + 1.0
+        assert clock() - grid.last_seen_s < max(CHECK_S, READINGS_PER_CHECK * 0.0032 / (CPU_SHARE / 2)) + 1.0
 
 
 @pytest.mark.parametrize("cost_s", [0.0032, 0.01, 0.05])
