@@ -59,12 +59,12 @@ class CounterSchedule:
           where there is no rhythm, or no budget.
         """
         period_s = curve.grid.period_s
-        self._attend_until_s = now_s + 2.5 * (period_s or 0.0)
         if period_s is None or self._debt_s >= MAX_DEBT_S:
             return None
-        if curve.grid.before(now_s, now_s + self._usual_reading_s) is not None:
-            return now_s
-        return curve.grid.nearest(now_s) + period_s / 2
+        is_clear = curve.grid.before(now_s, now_s + self._usual_reading_s) is not None
+        due_s = now_s if is_clear else curve.grid.nearest(now_s) + period_s / 2
+        self._attend_until_s = due_s + 1.5 * period_s  # two readings more, and with them two ticks
+        return due_s
 
     def next_s(self, curve: CounterCurve, start_s: float, end_s: float, cost_s: float) -> float:
         """The time of the next reading after one from `start_s` to `end_s` that took `cost_s` of processor time."""
