@@ -10,4 +10,31 @@ Every back end provides three functions of `raw[C, V]` (what the GEMM wrote), `l
 Statistics are in at least float32; `draw` has the dtype of `raw`. The Pallas kernels write it over the logits; XLA
 leaves that to the compiler (on a GPU, JAX 0.11.2 holds both at once). A label of -1 matches no column: the row is
 ignored (the caller gives it weight 0), or its label's column is in another slice of the vocabulary.
+
+The fused implementation (`label_offset.py`) has one function of `x[C, D]`, `W[V, D]`, `offset[C]`, `labels[C]`,
+`bias[V]` or None and `RowOptions`, which makes the logits and never stores them:
+
+    exponentials(x, W, offset, labels, bias, options) -> Exponentials   one GEMM, one write
+
 """
+
+from typing import NamedTuple
+
+from jax import Array
+
+
+class Exponentials(NamedTuple):
+    """Exponentials of a chunk's logits z relative to an offset o per row; the label's column is left out everywhere.
+
+    Attributes:
+      E: [C, V], exp(z_j - o) times the softcap's slope, in the dtype of x; 0 in the label's column and in rows whose
+        offset is +inf.
+      n: [C], sum of exp(z_j - o), float32 and from float32 values.
+      largest: [C], largest z_j - o; -inf in rows whose offset is +inf.
+      moment: [C], sum of exp(z_j - o) (z_j - o), for the metrics only.
+    """
+
+    E: Array
+    n: Array
+    largest: Array
+    moment: Array | None

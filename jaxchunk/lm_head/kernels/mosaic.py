@@ -1,0 +1,379 @@
+"""Exponentials of a chunk in the epilogue of a GEMM, in Pallas Mosaic GPU: for Hopper (TMA, wgmma).
+
+One warpgroup of every block moves tiles of x and W to shared memory by TMA; two others multiply them, turn their
+float32 accumulators into exponentials, store these by TMA and leave sums and maxima of their part of each row. A block
+stays on its multiprocessor and works through output tiles in an order that keeps W in the L2 cache.
+
+Two schedules of the two computing warpgroups:
+
+    cooperative   both work on one output tile, half of it each; tensor cores rest while exponentials are taken
+    pingpong      each has its own output tile, and its own ring of operands: one takes exponentials while the other
+                  multiplies. They hand the tensor cores to each other by a barrier.
+
+Tiles may stick out of the arrays at their ends: TMA reads zeros there and writes nothing.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int
+
+from jaxchunk.lm_head import rows
+from jaxchunk.lm_head.kernels import Exponentials
+from jaxchunk.lm_head.rows import RowOptions
+from jaxchunk.lm_head.varying import varying_alike
+
+_LOG2_E = math.log2(math.e)
+_SHARED_MEMORY_BYTES = 227 * 1024
+_ALIGNMENT = 1024
+_MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicConfig:
+    """Tuning parameters.
+
+    Attributes:
+      tile_m: rows of a computing warpgroup's tile, a multiple of 64.
+      tile_n: columns of it, a multiple of `store_n` up to 256.
+      tile_k: how much of D a step of the pipeline multiplies, a multiple of 64 (or 32, 16).
+      stages: steps for which a ring of operands has room.
+      store_n: columns that one TMA store writes.
+      store_slots: stores that may be under way in a warpgroup.
+      grid_minor: the dimension ("m" rows, "n" columns) that the order of tiles runs along within a stripe.
+      grid_width: tiles across a stripe.
+      schedule: "cooperative" or "pingpong".
+      split: with "cooperative", the dimension along which the two warpgroups lie.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 128
+    tile_k: int = 64
+    stages: int = 4
+    store_n: int = 64
+    store_slots: int = 1
+    grid_minor: Literal["m", "n"] = "m"
+    grid_width: int = 8
+    schedule: Literal["cooperative", "pingpong"] = "cooperative"
+    split: Literal["m", "n"] = "m"
+
+    @property
+    def is_pingpong(self) -> bool:
+        """Whether each computing warpgroup has its own output tile."""
+        return self.schedule == "pingpong"
+
+    @property
+    def rings(self) -> int:
+        """Rings of operands in shared memory."""
+        return 2 if self.is_pingpong else 1
+
+    @property
+    def block_tile(self) -> tuple[int, int]:
+        """Rows and columns of the output tile that the operands in one stage belong to."""
+        halves = (1, 1) if self.is_pingpong else (2, 1) if self.split == "m" else (1, 2)
+        return self.tile_m * halves[0], self.tile_n * halves[1]
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """What operands and stores take of shared memory; a block has 227 KiB."""
+        block_m, block_n = self.block_tile
+        operands = 2 * self.rings * self.stages * (block_m + block_n) * self.tile_k
+        return operands + 2 * 2 * self.store_slots * self.tile_m * self.store_n + 8 * _ALIGNMENT // 4
+
+
+def exponentials(
+    x: Float[Array, "C D"],
+    W: Float[Array, "V D"],
+    offset: Float[Array, " C"],
+    labels: Int[Array, " C"],
+    bias: Float[Array, " V"] | None,
+    options: RowOptions,
+    *,
+    config: MosaicConfig | None = None,
+    interpret: bool = False,
+) -> Exponentials:
+    """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write."""
+    config = config or MosaicConfig()
+    if config.shared_memory_bytes > _SHARED_MEMORY_BYTES:
+        raise ValueError(
+            f"{config} takes {config.shared_memory_bytes} bytes of shared memory; there are {_SHARED_MEMORY_BYTES}"
+        )
+    (C, D), V = x.shape, W.shape[0]
+    block_m, block_n = config.block_tile
+    grid_m, grid_n = -(-C // block_m), -(-V // block_n)
+    to_tile = (0, grid_m * block_m - C)
+    inputs = [
+        x,
+        W,
+        jnp.pad(offset * _LOG2_E, to_tile, constant_values=jnp.inf),
+        jnp.pad(labels, to_tile, constant_values=-1),
+    ]
+    if bias is not None:
+        inputs.append(jnp.pad(bias.astype(jnp.float32), (0, grid_n * block_n - V)))
+    inputs = varying_alike(*inputs)
+    out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(inputs[0]).manual_axis_type)
+    parts = out((grid_n * block_n // config.tile_n, grid_m * block_m), jnp.float32)
+    tiles = _Tiles(C, V, D, grid_m, grid_n, config, options, has_bias=bias is not None)
+    E, n, *others = plgpu.kernel(
+        functools.partial(_kernel, tiles=tiles),
+        out_type=[out((C, V), x.dtype), *[parts] * (2 + options.metrics)],
+        grid=(min(2 if interpret else _num_multiprocessors(), grid_m * grid_n),),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name="jaxchunk_exponentials",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )(*inputs)
+    n = jnp.sum(n[:, :C], axis=0)
+    largest = jnp.max(others[0][:, :C], axis=0) / _LOG2_E
+    moment = jnp.sum(others[1][:, :C], axis=0) / _LOG2_E if options.metrics else None
+    return Exponentials(E, n, largest, moment)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """The output as tiles: `grid_m` x `grid_n` of them, and the order in which blocks take them."""
+
+    C: int
+    V: int
+    D: int
+    grid_m: int
+    grid_n: int
+    config: MosaicConfig
+    options: RowOptions
+    has_bias: bool
+
+    @property
+    def steps(self) -> int:
+        """Steps of the pipeline in a tile."""
+        return -(-self.D // self.config.tile_k)
+
+    def of_this_block(self) -> Array:
+        """How many tiles this block has."""
+        return lax.div(
+            jnp.int32(self.grid_m * self.grid_n - 1) - lax.axis_index("block"), jnp.int32(lax.axis_size("block"))
+        ) + jnp.int32(1)
+
+    def at(self, i: Array) -> tuple[Array, Array]:
+        """First row and column of this block's i-th tile."""
+        config = self.config
+        index = i * jnp.int32(lax.axis_size("block")) + lax.axis_index("block")
+        minor = 0 if config.grid_minor == "m" else 1
+        m, n = plgpu.planar_snake(index, (self.grid_m, self.grid_n), minor, config.grid_width)
+        block_m, block_n = config.block_tile
+        return m * block_m, n * block_n
+
+    def slot(self, ring: Array | int, count: Array) -> Array:
+        """Where the `count`-th step of a ring lies in shared memory."""
+        return ring * self.config.stages + lax.rem(count, jnp.int32(self.config.stages))
+
+
+def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: _Tiles) -> None:  # type: ignore[no-untyped-def]
+    bias_ref, out_refs = (refs[0], refs[1:]) if tiles.has_bias else (None, refs)
+    config = tiles.config
+    (block_m, block_n), slots = config.block_tile, config.rings * config.stages
+
+    @functools.partial(
+        pl.run_scoped,
+        x_smem=_shared((slots, block_m, config.tile_k), x_ref.dtype),
+        W_smem=_shared((slots, block_n, config.tile_k), W_ref.dtype),
+        E_smem=_shared((2, config.store_slots, config.tile_m, config.store_n), out_refs[0].dtype),
+        filled=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+        drained=plgpu.Barrier(num_arrivals=3 - config.rings, num_barriers=slots),
+        turns=plgpu.Barrier(num_barriers=2),
+        collective_axes="warpgroup",
+    )
+    def _(x_smem: Any, W_smem: Any, E_smem: Any, filled: Any, drained: Any, turns: Any) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 2)
+        def _() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+            _load_operands(x_ref, W_ref, x_smem, W_smem, filled, drained, tiles)
+
+        @pl.when(warpgroup < 2)
+        def _() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            multiply = functools.partial(_product, x_smem, W_smem, filled, drained, turns, tiles)
+            finish = functools.partial(_finish_tile, bias_ref, out_refs, E_smem, tiles)
+            _compute(offset_ref, labels_ref, multiply, finish, turns, tiles)
+            plgpu.wait_smem_to_gmem(0)
+
+
+def _load_operands(
+    x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any, drained: Any, tiles: _Tiles
+) -> None:
+    """The moving warpgroup: fills the rings, always `stages` steps ahead of who drains them."""
+    config = tiles.config
+    block_m, block_n = config.block_tile
+
+    def load_tile(i: Array, _: None) -> None:
+        m, n = tiles.at(i)
+        ring, visit = lax.rem(i, jnp.int32(config.rings)), lax.div(i, jnp.int32(config.rings))
+
+        def load_step(k: Array, _: None) -> None:
+            count = visit * tiles.steps + k
+            slot, depth = tiles.slot(ring, count), pl.ds(k * config.tile_k, config.tile_k)
+
+            @pl.when(count >= config.stages)
+            def _() -> None:
+                plgpu.barrier_wait(drained.at[slot])
+
+            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(m, block_m), depth], x_smem.at[slot], filled.at[slot])
+            plgpu.copy_gmem_to_smem(W_ref.at[pl.ds(n, block_n), depth], W_smem.at[slot], filled.at[slot])
+
+        lax.fori_loop(0, tiles.steps, load_step, None)
+
+    num_tiles = tiles.of_this_block()
+    lax.fori_loop(0, num_tiles, load_tile, None)
+    for ring in range(config.rings):  # a barrier must not end in a phase that nobody waited for
+        count = lax.div(num_tiles + (config.rings - 1 - ring), jnp.int32(config.rings)) * tiles.steps
+        for slot in range(config.stages):
+
+            @pl.when(slot < count)
+            def _(slot: int = ring * config.stages + slot) -> None:
+                plgpu.barrier_wait(drained.at[slot])
+
+
+def _compute(
+    offset_ref: Any,
+    labels_ref: Any,
+    multiply: Callable[..., Array],
+    finish: Callable[..., None],
+    turns: Any,
+    tiles: _Tiles,
+) -> None:
+    """A computing warpgroup: its share of this block's tiles one after the other."""
+    config, warpgroup = tiles.config, lax.axis_index("warpgroup")
+    num_tiles = tiles.of_this_block()
+    if config.is_pingpong:
+
+        @pl.when((warpgroup == 1) & (num_tiles > 0))
+        def _() -> None:
+            plgpu.barrier_arrive(turns.at[0])
+
+    def compute_tile(visit: Array, _: None) -> None:
+        i = visit * 2 + warpgroup if config.is_pingpong else visit
+        m, n = tiles.at(i)
+        if not config.is_pingpong:
+            m = m + warpgroup * config.tile_m if config.split == "m" else m
+            n = n + warpgroup * config.tile_n if config.split == "n" else n
+        own_rows = pl.ds(m, config.tile_m)
+        offset, label = (
+            plgpu.load(ref.at[own_rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            for ref in (offset_ref, labels_ref)
+        )
+        finish(m, n, offset, label, multiply(visit, i + 1 < num_tiles))
+
+    num_visits = lax.div(num_tiles + 1 - warpgroup, jnp.int32(2)) if config.is_pingpong else num_tiles
+    lax.fori_loop(0, num_visits, compute_tile, None)
+
+
+def _product(
+    x_smem: Any, W_smem: Any, filled: Any, drained: Any, turns: Any, tiles: _Tiles, visit: Array, more_follow: Array
+) -> Float[Array, "tile_m tile_n"]:
+    """A warpgroup's tile of x W^T, float32."""
+    config, warpgroup = tiles.config, lax.axis_index("warpgroup")
+    ring = warpgroup if config.is_pingpong else 0
+    own_rows = own_columns = slice(None)
+    if not config.is_pingpong and config.split == "m":
+        own_rows = pl.ds(warpgroup * config.tile_m, config.tile_m)
+    elif not config.is_pingpong:
+        own_columns = pl.ds(warpgroup * config.tile_n, config.tile_n)
+
+    def accumulate(accumulator: Any) -> Array:
+        if config.is_pingpong:
+            plgpu.barrier_wait(turns.at[warpgroup])
+
+        def step(k: Array, _: None) -> None:
+            count = visit * tiles.steps + k
+            slot = tiles.slot(ring, count)
+            plgpu.barrier_wait(filled.at[slot])
+            plgpu.wgmma(accumulator, x_smem.at[slot, own_rows], W_smem.at[slot, own_columns].transpose((1, 0)))
+            plgpu.wgmma_wait(1)
+
+            @pl.when(k > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(drained.at[tiles.slot(ring, count - 1)])
+
+        lax.fori_loop(0, tiles.steps, step, None)
+        if config.is_pingpong:
+
+            @pl.when(more_follow)
+            def _() -> None:
+                plgpu.barrier_arrive(turns.at[1 - warpgroup])
+
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(drained.at[tiles.slot(ring, visit * tiles.steps + tiles.steps - 1)])
+        return accumulator[...]
+
+    return pl.run_scoped(accumulate, plgpu.ACC((config.tile_m, config.tile_n), jnp.float32))
+
+
+def _finish_tile(
+    bias_ref: Any, out_refs: Any, E_smem: Any, tiles: _Tiles, m: Array, n: Array, offset: Array, label: Array, raw: Array
+) -> None:
+    """Exponentials of a warpgroup's tile, stored; sums and maxima of its rows."""
+    config, options = tiles.config, tiles.options
+    shape = raw.shape
+    E_ref, n_ref, largest_ref, *moment_ref = out_refs
+    bias = None
+    if bias_ref is not None:
+        columns = plgpu.load(
+            bias_ref.at[pl.ds(n, config.tile_n)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+        )
+        bias = lax.broadcast_in_dim(columns, shape, (1,))
+    if bias is None and options.softcap is None:
+        (z, slope), scale = (raw, None), options.logit_scale * _LOG2_E  # one multiply-add an element
+    else:
+        (z, slope), scale = rows.transformed(raw, bias, options, _MATH), _LOG2_E
+    exponent = z * scale - lax.broadcast_in_dim(offset, shape, (0,))
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    is_other = column != lax.broadcast_in_dim(label - n, shape, (0,))
+    if tiles.V % config.block_tile[1]:
+        is_other &= column < tiles.V - n
+    exponent = jnp.where(is_other, exponent, -jnp.inf)
+    e = jnp.exp2(exponent)
+    part, own_rows = lax.div(n, jnp.int32(config.tile_n)), pl.ds(m, config.tile_m)
+
+    n_ref[part, own_rows] = jnp.sum(e, axis=1)
+    largest_ref[part, own_rows] = jnp.max(exponent, axis=1)
+    if moment_ref:
+        moment_ref[0][part, own_rows] = jnp.sum(jnp.where(e > 0, e * exponent, 0.0), axis=1)
+    _store(e if slope is None else e * slope, E_ref, E_smem.at[lax.axis_index("warpgroup")], m, n, config)
+
+
+def _store(e: Array, E_ref: Any, E_smem: Any, m: Array, n: Array, config: MosaicConfig) -> None:
+    """Writes a tile by TMA, `store_n` columns at a time."""
+    e = e.astype(E_ref.dtype)
+    for i in range(config.tile_n // config.store_n):
+        slot = i % config.store_slots
+        plgpu.wait_smem_to_gmem(config.store_slots - 1, wait_read_only=True)
+        E_smem[slot] = e[:, i * config.store_n : (i + 1) * config.store_n]
+        plgpu.commit_smem()
+        columns = pl.ds(n + i * config.store_n, config.store_n)
+        plgpu.copy_smem_to_gmem(E_smem.at[slot], E_ref.at[pl.ds(m, config.tile_m), columns])
+
+
+def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the layout that wgmma and TMA agree on."""
+    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def _num_multiprocessors() -> int:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.num_cores if device is not None else jax.extend.backend.get_default_device().core_count
