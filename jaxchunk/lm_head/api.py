@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
-from jaxchunk.lm_head import checks, chunked, dispatch, reference, sharding
+from jaxchunk.lm_head import checks, chunked, differentiation, dispatch, label_offset, reference, sharding
 from jaxchunk.lm_head.metrics import LMHeadMetrics, metrics_of, undifferentiable
 from jaxchunk.lm_head.rows import RowOptions, statistics_dtype
 from jaxchunk.lm_head.sharding import AxisNames, Placement
@@ -83,9 +83,11 @@ def lm_head_loss(
       labels: target ids in [0, V), or `ignore_index`. Other values are an error where they are known; in a jitted
         program they make the loss NaN.
       num_chunks: at least 1; need not divide T (chunks have ceil(T / num_chunks) tokens).
-      implementation: "xla" (any device), "pallas" (NVIDIA GPU), "reference" (unchunked, float32, gradients by autodiff;
-        ignores `num_chunks` and the dtypes), "pallas_interpret" (the Pallas kernels interpreted, slow, for tests), or
-        None: "pallas" on an NVIDIA GPU, "xla" elsewhere. A named implementation never falls back to another.
+      implementation: "xla" (any device), "pallas" (NVIDIA GPU), "fused" (NVIDIA Hopper GPU, bfloat16, JAX 0.11, D and V
+        multiples of 16, not softcap together with smoothing), "reference" (unchunked, float32, gradients by autodiff;
+        ignores `num_chunks` and the dtypes), or None: the fastest that can run, "fused", "pallas", "xla" in this order.
+        For tests "pallas_interpret" and "fused_interpret" (the Pallas kernels interpreted, slow) and "fused_xla" (the
+        algorithm of "fused" over a plain kernel). A named implementation never falls back to another.
       ignore_index: tokens with this label contribute nothing, whatever their `hidden` holds.
       reduction: "mean" or "sum" over the tokens that are not ignored, or "none": a loss for each, 0 for ignored ones.
       token_weights: factor on each token's loss, not negative; a mask of bool or int will do. A weight of 0 leaves the
@@ -150,7 +152,9 @@ def lm_head_loss(
         metrics=with_metrics,
     )
     checks.check_label_values(given_labels, token_weights, options.vocab_size, ignore_index)
-    choice = dispatch.choose_implementation(implementation, compute_dtype=compute_dtype)
+    columns = weight.shape[vocab_dim] // sharding.devices(placement.mesh, placement.vocab_axes)
+    head = dispatch.Head(hidden.shape[-1], columns, vocab_dim, options)
+    choice = dispatch.choose_implementation(implementation, compute_dtype=compute_dtype, head=head)
     dispatch.check_placement(choice, placement)
     if compute_dtype == jnp.float64:
         accum_dtype = compute_dtype
@@ -202,12 +206,12 @@ def token_log_probs(
     return 0 - losses  # not -losses: the log-probability of a certain or ignored label is 0, and not -0
 
 
-def split_rows(num_tokens: int, num_chunks: int) -> tuple[int, int]:
+def split_rows(num_tokens: int, num_chunks: int, multiple: int = 1) -> tuple[int, int]:
     """Rows in a chunk and number of chunks: as even as can be, never more than `num_chunks`, none empty.
 
-    Rounding the rows up may leave fewer chunks than asked for: 10 tokens in 7 chunks are 5 chunks of 2.
+    Rounding the rows up, also to a multiple, may leave fewer chunks than asked for: 10 tokens in 7 chunks are 5 of 2.
     """
-    chunk_rows = -(-num_tokens // num_chunks)
+    chunk_rows = -(-num_tokens // (num_chunks * multiple)) * multiple
     return chunk_rows, -(-num_tokens // chunk_rows)
 
 
@@ -268,8 +272,8 @@ def _loss_here(operands: Operands, settings: _Settings, placement: Placement) ->
     if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
         row_labels, row_weight, valid = jnp.full(1, -1), jnp.zeros(1, row_weight.dtype), jnp.zeros(1, bool)
         hidden = jnp.pad(hidden, ((0, 1), (0, 0)))
-    chunk_rows, chunks = split_rows(row_labels.size, settings.num_chunks)
     implementation = settings.choice.implementation
+    chunk_rows, chunks = split_rows(row_labels.size, settings.num_chunks, dispatch.rows_multiple(implementation))
     if chunks != settings.num_chunks and num_tokens and implementation != "reference":
         _logger.warning(
             "num_chunks=%d for %d tokens: using %d of %d", settings.num_chunks, num_tokens, chunks, chunk_rows
@@ -280,23 +284,34 @@ def _loss_here(operands: Operands, settings: _Settings, placement: Placement) ->
         loss, results = reference.token_losses(hidden, by_rows, bias, row_labels, row_weight, settings.row_options)
         loss = loss if settings.reduction == "none" else jnp.sum(loss)
     else:
-        config = chunked.ChunkedConfig(
-            chunk_rows=chunk_rows,
-            row_kernels=dispatch.row_kernels(implementation),
-            row_options=settings.row_options,
-            weighted=token_weights is not None,
-            vocab_dim=settings.vocab_dim,
-            compute_dtype=settings.compute_dtype,
-            accum_dtype=settings.accum_dtype,
-            token_axes=placement.token_axes,
-            vocab_axes=placement.vocab_axes,
-        )
-        run = chunked.token_losses if settings.reduction == "none" else chunked.weighted_loss
+        config = _implementation_config(settings, placement, chunk_rows, weighted=token_weights is not None)
+        run = differentiation.token_losses if settings.reduction == "none" else differentiation.weighted_loss
         loss, results = run(config, hidden, weight, bias, row_labels, row_weight)
     metrics = None
     if settings.row_options.metrics:
         metrics = metrics_of(results, valid, settings.row_options.z_loss, placement.token_axes)
     return loss[:num_tokens].reshape(shape) if settings.reduction == "none" else loss, metrics
+
+
+def _implementation_config(
+    settings: _Settings, placement: Placement, chunk_rows: int, *, weighted: bool
+) -> differentiation.LossConfig:
+    """A chunked implementation with all that is fixed when the loss is traced."""
+    implementation = settings.choice.implementation
+    common: dict[str, Any] = {
+        "chunk_rows": chunk_rows,
+        "row_options": settings.row_options,
+        "weighted": weighted,
+        "compute_dtype": settings.compute_dtype,
+        "accum_dtype": settings.accum_dtype,
+        "token_axes": placement.token_axes,
+        "vocab_axes": placement.vocab_axes,
+    }
+    if implementation in dispatch.FUSED:
+        return label_offset.LabelOffsetConfig(exponentials=dispatch.exponentials(implementation), **common)
+    return chunked.ChunkedConfig(
+        row_kernels=dispatch.row_kernels(implementation), vocab_dim=settings.vocab_dim, **common
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))  # also for jax_debug_nans, which refuses the NaN of bad labels

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -9,11 +10,14 @@ import jax.extend
 from jax.typing import DTypeLike
 
 from jaxchunk.lm_head.chunked import RowKernels
-from jaxchunk.lm_head.kernels import xla
+from jaxchunk.lm_head.kernels import Exponentials, xla
+from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.sharding import Placement
 
-Implementation = Literal["reference", "xla", "pallas", "pallas_interpret"]
+Implementation = Literal["reference", "xla", "pallas", "pallas_interpret", "fused", "fused_xla", "fused_interpret"]
 
+FUSED = ("fused", "fused_xla", "fused_interpret")
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # devices of compute capability 9.0
 _FLOAT32_ONLY = "its statistics are float32 and the compute dtype is"
 _logger = logging.getLogger("jaxchunk")
 
@@ -25,8 +29,28 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Head(NamedTuple):
+    """What of a call decides whether the fused implementation can run.
+
+    Attributes:
+      width: D.
+      columns: of the vocabulary on each device.
+      vocab_dim: the dimension of the weight that is V.
+      options: what is done to a row.
+    """
+
+    width: int
+    columns: int
+    vocab_dim: int
+    options: RowOptions
+
+
 def choose_implementation(
-    implementation: str | None = None, *, compute_dtype: DTypeLike = "bfloat16", platform: str | None = None
+    implementation: str | None = None,
+    *,
+    compute_dtype: DTypeLike = "bfloat16",
+    platform: str | None = None,
+    head: Head | None = None,
 ) -> Choice:
     """Settles on an implementation of `lm_head_loss`.
 
@@ -34,6 +58,7 @@ def choose_implementation(
       implementation: a name, or None to choose by device.
       compute_dtype: dtype of the logits.
       platform: "cpu", "gpu" or "tpu"; None for the platform that JAX would run on now.
+      head: what the fused implementation has to know; without it, it is never chosen.
 
     Returns:
       The implementation and the reason for it.
@@ -45,7 +70,10 @@ def choose_implementation(
     if implementation is None:
         obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
         if obstacle is None:
-            return Choice("pallas", "the device is an NVIDIA GPU")
+            fused_obstacle = _fused_obstacle(platform, jax.numpy.dtype(compute_dtype), head)
+            if fused_obstacle is None:
+                return Choice("fused", "the device is an NVIDIA Hopper GPU")
+            return Choice("pallas", f"fused cannot run: {fused_obstacle}")
         return Choice("xla", f"pallas cannot run: {obstacle}")
     if implementation not in get_args(Implementation):
         names = ", ".join(get_args(Implementation))
@@ -54,6 +82,12 @@ def choose_implementation(
         obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
         if obstacle is not None:
             raise ValueError(f"implementation='pallas' cannot run: {obstacle}; use 'xla', or None to choose by device")
+    if implementation in FUSED:
+        obstacle = _named_fused_obstacle(implementation, platform, jax.numpy.dtype(compute_dtype), head)
+        if obstacle is not None:
+            raise ValueError(
+                f"implementation={implementation!r} cannot run: {obstacle}; use 'pallas' or 'xla', or None to choose"
+            )
     if implementation == "pallas_interpret" and jax.numpy.dtype(compute_dtype).itemsize > 4:
         raise ValueError(f"implementation='pallas_interpret' cannot run: {_FLOAT32_ONLY} {compute_dtype}; use 'xla'")
     return Choice(implementation, "named by the caller")  # type: ignore[arg-type]
@@ -64,6 +98,21 @@ def row_kernels(implementation: Implementation) -> RowKernels:
     if implementation == "xla":
         return RowKernels(xla.statistics, xla.gradients, xla.statistics_and_gradients)
     return _triton_kernels(interpret=implementation == "pallas_interpret")
+
+
+def rows_multiple(implementation: Implementation) -> int:
+    """What the number of rows in a chunk must be a multiple of."""
+    return 8 if implementation in ("fused", "fused_interpret") else 1
+
+
+@functools.cache
+def exponentials(implementation: Implementation) -> Callable[..., Exponentials]:
+    """The kernel of a fused implementation; the same object every time, so that jit caches hold."""
+    if implementation == "fused_xla":
+        return xla.exponentials
+    from jaxchunk.lm_head.kernels import mosaic  # imported on demand: JAX 0.10 has not all that it needs
+
+    return functools.partial(mosaic.exponentials, interpret=implementation == "fused_interpret")
 
 
 @functools.cache
@@ -81,14 +130,14 @@ def check_placement(choice: Choice, placement: Placement) -> None:
     """Refuses implementations that cannot run on a mesh.
 
     Raises:
-      ValueError: the implementation is "reference" on named axes, or "pallas_interpret" inside of `jax.shard_map`.
+      ValueError: the implementation is "reference" on named axes, or an interpreted one inside of `jax.shard_map`.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if choice.implementation == "reference" and (placement.token_axes or placement.vocab_axes):
         raise ValueError("implementation='reference' cannot run: it knows no mesh axes; use 'xla', or None to choose")
-    if choice.implementation == "pallas_interpret" and (placement.mesh is not None or manual):
+    if choice.implementation in ("pallas_interpret", "fused_interpret") and (placement.mesh is not None or manual):
         raise ValueError(
-            "implementation='pallas_interpret' cannot run: JAX's Pallas interpreter does not work inside of "
+            f"implementation={choice.implementation!r} cannot run: JAX's Pallas interpreter does not work inside of "
             "jax.shard_map; use 'xla', or None to choose"
         )
 
@@ -123,6 +172,57 @@ def _pallas_obstacle(platform: str, compute_dtype: jax.numpy.dtype) -> str | Non
     except ImportError:
         return f"JAX {jax.__version__} has no Pallas Triton back end"
     return None
+
+
+def _fused_obstacle(platform: str, compute_dtype: jax.numpy.dtype, head: Head | None) -> str | None:
+    obstacle = _pallas_obstacle(platform, compute_dtype)
+    if obstacle is not None:
+        return obstacle
+    capability = _compute_capability()
+    if capability != "9.0":
+        return f"it needs compute capability 9.0 (Hopper) and this device has {capability or 'an unknown one'}"
+    return _mosaic_obstacle(compute_dtype, head)
+
+
+def _named_fused_obstacle(
+    implementation: str, platform: str, compute_dtype: jax.numpy.dtype, head: Head | None
+) -> str | None:
+    if implementation == "fused":
+        return _fused_obstacle(platform, compute_dtype, head)
+    return _mosaic_obstacle(compute_dtype, head) if implementation == "fused_interpret" else _head_obstacle(head)
+
+
+def _mosaic_obstacle(compute_dtype: jax.numpy.dtype, head: Head | None) -> str | None:
+    if jax.version.__version_info__ < (0, 11):
+        return f"it needs JAX 0.11 and this is {jax.__version__}"
+    if compute_dtype != jax.numpy.bfloat16:
+        return f"it multiplies bfloat16 and the compute dtype is {compute_dtype}"
+    if head is not None and (head.width % 16 or head.columns % 16):
+        return f"D and V must be multiples of 16, and they are {head.width} and {head.columns} (on each device)"
+    return _head_obstacle(head)
+
+
+def _head_obstacle(head: Head | None) -> str | None:
+    """What the algorithm does not do, on any device."""
+    if head is None:
+        return "it is not known what is asked of it"
+    if head.vocab_dim != 0:
+        return "it needs weight_layout='vd'"
+    if head.options.label_smoothing and head.options.softcap is not None:
+        return "label smoothing of softcapped logits needs a sum over them that it does not take"
+    return None
+
+
+def _compute_capability() -> str | None:
+    """Of the device that traced code is meant for."""
+    abstract_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract_device is not None:
+        words = abstract_device.device_kind.split()
+        return "9.0" if any(word in _HOPPER for word in words) else None
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return getattr(device, "compute_capability", None)
 
 
 def _platform_version() -> str:

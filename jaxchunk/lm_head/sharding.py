@@ -123,6 +123,11 @@ def slices(placement: Placement) -> int:
     return math.prod(lax.axis_size(axis) for axis in placement.vocab_axes if axis in manual)
 
 
+def devices(mesh: Any, axes: tuple[str, ...]) -> int:
+    """How many devices lie along axes of a mesh; 1 without one."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
 def _names(option: str, axis: AxisNames) -> tuple[str, ...]:
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):

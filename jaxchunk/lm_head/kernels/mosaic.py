@@ -32,6 +32,8 @@ from jaxchunk.lm_head.kernels import Exponentials
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.varying import varying_alike
 
+ROWS_MULTIPLE, WIDTH_MULTIPLE, COLUMNS_MULTIPLE = 8, 16, 16  # of C, D and V: what TMA and wgmma can lay out
+
 _LOG2_E = math.log2(math.e)
 _SHARED_MEMORY_BYTES = 227 * 1024
 _ALIGNMENT = 1024
@@ -108,6 +110,11 @@ def exponentials(
             f"{config} takes {config.shared_memory_bytes} bytes of shared memory; there are {_SHARED_MEMORY_BYTES}"
         )
     (C, D), V = x.shape, W.shape[0]
+    if C % ROWS_MULTIPLE or D % WIDTH_MULTIPLE or V % COLUMNS_MULTIPLE:
+        raise ValueError(
+            f"C is {C}, D {D} and V {V}; they must be multiples of "
+            f"{ROWS_MULTIPLE}, {WIDTH_MULTIPLE} and {COLUMNS_MULTIPLE}"
+        )
     block_m, block_n = config.block_tile
     grid_m, grid_n = -(-C // block_m), -(-V // block_n)
     to_tile = (0, grid_m * block_m - C)
@@ -132,9 +139,7 @@ def exponentials(
         thread_name="warpgroup",
         kernel_name="jaxchunk_exponentials",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
     n = jnp.sum(n[:, :C], axis=0)
     largest = jnp.max(others[0][:, :C], axis=0) / _LOG2_E
@@ -187,9 +192,9 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: _Tiles) -> None:
 
     @functools.partial(
         pl.run_scoped,
-        x_smem=_shared((slots, block_m, config.tile_k), x_ref.dtype),
-        W_smem=_shared((slots, block_n, config.tile_k), W_ref.dtype),
-        E_smem=_shared((2, config.store_slots, config.tile_m, config.store_n), out_refs[0].dtype),
+        x_smem=_shared((slots, block_m, config.tile_k), x_ref.dtype, tiles.D),
+        W_smem=_shared((slots, block_n, config.tile_k), W_ref.dtype, tiles.D),
+        E_smem=_shared((2, config.store_slots, config.tile_m, config.store_n), out_refs[0].dtype, tiles.V),
         filled=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         drained=plgpu.Barrier(num_arrivals=3 - config.rings, num_barriers=slots),
         turns=plgpu.Barrier(num_barriers=2),
@@ -212,9 +217,7 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: _Tiles) -> None:
             plgpu.wait_smem_to_gmem(0)
 
 
-def _load_operands(
-    x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any, drained: Any, tiles: _Tiles
-) -> None:
+def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any, drained: Any, tiles: _Tiles) -> None:
     """The moving warpgroup: fills the rings, always `stages` steps ahead of who drains them."""
     config = tiles.config
     block_m, block_n = config.block_tile
@@ -323,7 +326,15 @@ def _product(
 
 
 def _finish_tile(
-    bias_ref: Any, out_refs: Any, E_smem: Any, tiles: _Tiles, m: Array, n: Array, offset: Array, label: Array, raw: Array
+    bias_ref: Any,
+    out_refs: Any,
+    E_smem: Any,
+    tiles: _Tiles,
+    m: Array,
+    n: Array,
+    offset: Array,
+    label: Array,
+    raw: Array,
 ) -> None:
     """Exponentials of a warpgroup's tile, stored; sums and maxima of its rows."""
     config, options = tiles.config, tiles.options
@@ -331,9 +342,7 @@ def _finish_tile(
     E_ref, n_ref, largest_ref, *moment_ref = out_refs
     bias = None
     if bias_ref is not None:
-        columns = plgpu.load(
-            bias_ref.at[pl.ds(n, config.tile_n)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-        )
+        columns = plgpu.load(bias_ref.at[pl.ds(n, config.tile_n)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         bias = lax.broadcast_in_dim(columns, shape, (1,))
     if bias is None and options.softcap is None:
         (z, slope), scale = (raw, None), options.logit_scale * _LOG2_E  # one multiply-add an element
@@ -367,9 +376,10 @@ def _store(e: Array, E_ref: Any, E_smem: Any, m: Array, n: Array, config: Mosaic
         plgpu.copy_smem_to_gmem(E_smem.at[slot], E_ref.at[pl.ds(m, config.tile_m), columns])
 
 
-def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the layout that wgmma and TMA agree on."""
-    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+def _shared(shape: tuple[int, ...], dtype: Any, size: int) -> Any:
+    """Shared memory in the layout that wgmma and TMA agree on, for tiles of an array with rows of `size` elements."""
+    bytes_alike = math.gcd(shape[-1], size) * jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(bytes_alike * 8)
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 

@@ -6,6 +6,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
+from jaxchunk.lm_head.chunks import matmul
+from jaxchunk.lm_head.kernels import Exponentials
 from jaxchunk.lm_head.rows import RowCoefficients, RowOptions, RowStatistics
 
 
@@ -56,6 +58,24 @@ def statistics_and_gradients(
     """Both, where nothing has to happen between them."""
     row = statistics(raw, labels, bias, options)
     return row, gradients(raw, labels, bias, rows.coefficients(row, row_weight, options), options)
+
+
+def exponentials(
+    x: Float[Array, "C D"],
+    W: Float[Array, "V D"],
+    offset: Float[Array, " C"],
+    labels: Int[Array, " C"],
+    bias: Float[Array, " V"] | None,
+    options: RowOptions,
+) -> Exponentials:
+    """`Exponentials` of a chunk; float32 logits may exist on the way."""
+    raw = matmul(x, W, (1, 1), rows.statistics_dtype(x.dtype))
+    z, slope = _transformed(raw, bias, options)
+    above = jnp.where(_is_label(raw, labels), -jnp.inf, z - offset[:, None])
+    e = jnp.exp(above)
+    moment = jnp.sum(jnp.where(e > 0, e * above, 0), axis=1) if options.metrics else None
+    E = e if slope is None else e * slope
+    return Exponentials(E.astype(x.dtype), jnp.sum(e, axis=1), jnp.max(above, axis=1), moment)
 
 
 def _transformed(raw: Array, bias: Array | None, options: RowOptions) -> tuple[Array, Array | None]:

@@ -1,0 +1,261 @@
+"""The fused LM head: its algorithm over a plain kernel on any JAX, and the Mosaic GPU kernel in JAX's interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from lm_head_oracle import (
+    IGNORE,
+    assert_as_exact,
+    assert_close,
+    oracle,
+    problem,
+    relative_error,
+    same_dtype_baseline,
+    value_and_grads,
+)
+
+from jaxchunk import lm_head_loss
+from jaxchunk.lm_head import dispatch
+from jaxchunk.lm_head.kernels import xla
+from jaxchunk.lm_head.label_rows import add_label_rows
+from jaxchunk.lm_head.rows import RowOptions
+
+NEWEST = jax.version.__version_info__ >= (0, 11)
+needs_mosaic = pytest.mark.skipif(not NEWEST, reason="Mosaic GPU has a CPU interpreter from JAX 0.11")
+FUSED = ["fused_xla", pytest.param("fused_interpret", marks=needs_mosaic), pytest.param("fused", marks=pytest.mark.gpu)]
+
+T, D, V = 37, 32, 112
+_keys = jax.random.split(jax.random.key(7), 3)
+TOKEN_WEIGHTS = jnp.where(jax.random.uniform(_keys[0], (T,)) < 0.3, 0.0, jax.random.uniform(_keys[0], (T,)) + 0.5)
+BIAS = jax.random.normal(_keys[1], (V,)).astype(jnp.bfloat16)
+COTANGENT = jax.random.normal(_keys[2], (T,))
+OPTION_SETS = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "normalizer": {"normalizer": 17.0},
+    "weights": {"token_weights": TOKEN_WEIGHTS},
+    "z_loss and scale": {"z_loss": 1e-2, "logit_scale": 0.7},
+    "smoothing": {"label_smoothing": 0.1, "logit_scale": 1.5},
+    "softcap": {"logit_softcap": 2.0},
+    "metrics": {"with_metrics": True},
+    "bias": {"bias": BIAS},
+    "many": {"bias": BIAS, "z_loss": 1e-2, "label_smoothing": 0.1, "token_weights": TOKEN_WEIGHTS, "logit_scale": 0.7,
+             "with_metrics": True},
+    "many with softcap": {"bias": BIAS, "z_loss": 1e-2, "logit_softcap": 3.0, "token_weights": TOKEN_WEIGHTS,
+                          "logit_scale": 0.7, "with_metrics": True},
+    "none": {"reduction": "none", "bias": BIAS, "z_loss": 1e-2, "token_weights": TOKEN_WEIGHTS, "logit_scale": 0.7},
+}  # fmt: skip
+
+
+def check(p, implementation, cotangent=1.0, num_chunks=3, **options):
+    result = value_and_grads(p, cotangent, num_chunks=num_chunks, implementation=implementation, **options)
+    exact = oracle(p, cotangent, **options)
+    assert_as_exact(result, exact, same_dtype_baseline(p, cotangent, **options), p.hidden.dtype)
+    return result
+
+
+@pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTION_SETS.keys())
+@pytest.mark.parametrize("implementation", FUSED)
+def test_every_option_is_as_exact_as_unchunked(implementation, options):
+    cotangent = COTANGENT if options.get("reduction") == "none" else 1.0
+    check(problem(T, D, V, jnp.bfloat16), implementation, cotangent, **options)
+
+
+@pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTION_SETS.keys())
+def test_in_float32_every_formula_is_right_to_the_last_digits(options):
+    p = problem(T, D, V)
+    options = options | {"bias": BIAS.astype(jnp.float32)} if "bias" in options else options
+    cotangent = COTANGENT if options.get("reduction") == "none" else 1.0
+    result = value_and_grads(p, cotangent, num_chunks=3, implementation="fused_xla", **options)
+    assert_close(result, oracle(p, cotangent, **options), 3e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (130, 80, 272), (257, 144, 528)], ids=str)
+@pytest.mark.parametrize("num_chunks", [1, 2])
+@pytest.mark.parametrize("implementation", FUSED)
+def test_sizes_that_tiles_do_not_divide(implementation, num_chunks, shape):
+    check(problem(*shape, jnp.bfloat16, ignored=0.0), implementation, num_chunks=num_chunks)
+
+
+def with_margin(margin, T=16, D=64, V=112):
+    """Labels whose logits stand about `margin` nats above (or below) all others, exactly representable."""
+    p = problem(T, D, V, jnp.bfloat16, scale=0.1, ignored=0.0)
+    labels = jnp.arange(T) % 8
+    direction = jnp.zeros((T, D)).at[jnp.arange(T), labels].set(16.0)
+    weight = p.weight.at[:, :8].set(0).at[jnp.arange(8), jnp.arange(8)].set(margin / 16)
+    hidden = p.hidden.at[:, :8].set(0) + direction.astype(jnp.bfloat16)
+    return p._replace(hidden=hidden, weight=weight, labels=labels)
+
+
+@pytest.mark.parametrize("margin", [20.0, 30.0])
+@pytest.mark.parametrize("implementation", FUSED)
+def test_confident_labels(implementation, margin):
+    p = with_margin(margin)
+    result, exact = value_and_grads(p, num_chunks=2, implementation=implementation), oracle(p)
+    assert 0 < exact.loss < 1e-6
+    assert result.loss >= 0
+    assert relative_error(result.loss, exact.loss) < 1e-4  # exponents of 70 nats and 40 have errors of their ulp
+    assert relative_error(result.d_hidden, exact.d_hidden) < 4e-3
+    assert relative_error(result.d_weight, exact.d_weight) < 4e-3
+
+
+@pytest.mark.parametrize("margin", [-85.0, -95.0, -200.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("implementation", FUSED)
+def test_tokens_of_a_great_loss(implementation, reduction, margin):
+    """One chunk of two has them: its exponentials are taken again where they would overflow."""
+    p = with_margin(margin)
+    hidden = p.hidden.at[:8].set(problem(8, 64, 8, jnp.bfloat16).hidden.at[:, :8].set(0))
+    cotangent = jnp.linspace(1.0, 2.0, 16) if reduction == "none" else 1.0
+    result = check(p._replace(hidden=hidden), implementation, cotangent, num_chunks=2, reduction=reduction)
+    assert np.max(result.loss) > 0.4 * -margin
+
+
+@pytest.mark.parametrize("implementation", FUSED)
+def test_ignored_rows_may_hold_nan_and_a_token_may_have_200_nats(implementation):
+    p = with_margin(-200.0)
+    labels = p.labels.at[3].set(IGNORE).at[11].set(IGNORE)
+    p = p._replace(labels=labels)
+    expected = oracle(p)
+    result = value_and_grads(
+        p._replace(hidden=p.hidden.at[3].set(jnp.nan).at[11].set(jnp.inf)), num_chunks=2, implementation=implementation
+    )
+    assert_as_exact(result, expected, same_dtype_baseline(p), jnp.bfloat16)
+    assert np.all(result.d_hidden[[3, 11]] == 0)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_operands(frozen):
+    p = problem(T, D, V, jnp.bfloat16)
+    loss = lambda **o: lm_head_loss(**p._asdict() | o, num_chunks=3, implementation="fused_xla")  # noqa: E731
+    name = {"hidden": "weight", "weight": "hidden"}[frozen]
+    gradient = jax.jit(jax.grad(lambda a: loss(**{name: a})))(getattr(p, name))
+    whole = value_and_grads(p, num_chunks=3, implementation="fused_xla")
+    np.testing.assert_array_equal(np.asarray(gradient, np.float64), getattr(whole, f"d_{name}"))
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+@pytest.mark.parametrize("num_labels", [1, 3, 40, 1000])
+@pytest.mark.parametrize("T", [1, 127, 128, 1500])
+def test_label_rows(T, num_labels, columns):
+    keys = jax.random.split(jax.random.key(T + num_labels), 4)
+    labels = jax.random.randint(keys[0], (T,), -1, num_labels)
+    factors, x = jax.random.normal(keys[1], (T,)), jax.random.normal(keys[2], (T, columns))
+    total = jax.random.normal(keys[3], (num_labels, columns))
+    expected = np.asarray(total, np.float64)
+    valid = np.asarray(labels) >= 0
+    np.add.at(expected, np.asarray(labels)[valid], (np.asarray(factors)[:, None] * np.asarray(x, np.float64))[valid])
+    found = jax.jit(add_label_rows)(total, labels, factors, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.sqrt(T))
+
+
+@pytest.mark.parametrize("axes", [{"token_axis": "a"}, {"vocab_axis": "a"}], ids=str)
+def test_sharded(axes):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs several devices")
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,))
+    p = problem(2 * T, D, V, jnp.bfloat16)
+    weight_spec = PartitionSpec("a" if "vocab_axis" in axes else None)
+    token_spec = PartitionSpec("a" if "token_axis" in axes else None)
+    options = {"bias": BIAS, "z_loss": 1e-2, "label_smoothing": 0.1}
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(token_spec, weight_spec, token_spec, weight_spec), out_specs=PartitionSpec()
+    )
+    def loss(hidden, weight, labels, bias):
+        o = options | {"bias": bias}
+        return lm_head_loss(hidden, weight, labels, num_chunks=2, implementation="fused_xla", **o, **axes)
+
+    value, (dx, dW, db) = jax.jit(jax.value_and_grad(loss, (0, 1, 3)))(*p, BIAS)
+    exact, baseline = oracle(p, **options), same_dtype_baseline(p, **options)
+    result = exact._replace(loss=value, d_hidden=dx, d_weight=dW, d_bias=db)
+    assert_as_exact(result, exact, baseline, jnp.bfloat16)
+
+
+KERNEL_CONFIGS = {
+    "cooperative, rows": {},
+    "cooperative, columns": {"split": "n"},
+    "wide tiles": {"tile_m": 64, "tile_n": 256},
+    "pingpong": {"schedule": "pingpong", "stages": 3},
+    "pingpong, wide tiles": {"schedule": "pingpong", "tile_m": 64, "tile_n": 256, "stages": 2},
+    "two slots, long steps": {"tile_n": 64, "tile_k": 128, "stages": 2, "store_n": 32, "store_slots": 2},
+    "along columns": {"grid_minor": "n", "grid_width": 3},
+}
+
+
+@needs_mosaic
+@pytest.mark.parametrize("settings", KERNEL_CONFIGS.values(), ids=KERNEL_CONFIGS.keys())
+def test_every_schedule_of_the_kernel(settings):
+    from jaxchunk.lm_head.kernels import mosaic
+
+    p = problem(200, 208, 848, jnp.bfloat16)
+    labels = jnp.where(p.labels == IGNORE, -1, p.labels)
+    offset = jnp.where(labels >= 0, jnp.linspace(-3.0, 3.0, 200), jnp.inf)
+    operands = p.hidden, p.weight, offset, labels, jnp.linspace(-1.0, 1.0, 848), RowOptions(848, metrics=True)
+    expected = xla.exponentials(*operands)
+    found = mosaic.exponentials(*operands, config=mosaic.MosaicConfig(**settings), interpret=True)
+    np.testing.assert_allclose(found.E.astype(jnp.float32), expected.E.astype(jnp.float32), rtol=1e-2)
+    for value, wanted in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+
+
+def on_hopper():
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("settings", KERNEL_CONFIGS.values(), ids=KERNEL_CONFIGS.keys())
+def test_every_schedule_lowers_for_cuda_without_a_gpu(settings):
+    from jaxchunk.lm_head.kernels import mosaic
+
+    shapes, dtypes = ((8192, 896), (151936, 896), (8192,), (8192,)), ("bfloat16", "bfloat16", "float32", "int32")
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    config = mosaic.MosaicConfig(**settings)
+    kernel = jax.jit(lambda *xs: mosaic.exponentials(*xs, None, RowOptions(151936), config=config))
+    with on_hopper():
+        text = kernel.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@needs_mosaic
+@pytest.mark.parametrize("V", [16, 1184, 1200, 1216])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 30.0, "with_metrics": True}, {"reduction": "none"}], ids=str)
+def test_the_loss_lowers_for_cuda_without_a_gpu(options, V):
+    shapes, dtypes = ((500, 80), (V, 80), (500,)), ("bfloat16", "float32", "int32")
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+    def loss(*xs):
+        result = lm_head_loss(*xs, num_chunks=2, **options)
+        return jnp.sum(result[0] if options.get("with_metrics") else result)
+
+    with on_hopper():
+        gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        text = gradients.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "jaxchunk_exponentials" in text or "mosaic_gpu" in text
+
+
+@needs_mosaic
+def test_what_is_chosen_and_why():
+    plain = dispatch.Head(64, 1184, 0, RowOptions(1184))
+    with on_hopper():
+        assert dispatch.choose_implementation(head=plain).implementation == "fused"
+        for head, dtype, reason in (
+            (plain._replace(columns=1187), "bfloat16", "multiples of 16"),
+            (plain._replace(vocab_dim=1), "bfloat16", "weight_layout"),
+            (plain._replace(options=RowOptions(1184, softcap=3.0, label_smoothing=0.1)), "bfloat16", "smoothing"),
+            (plain, "float32", "float32"),
+        ):
+            choice = dispatch.choose_implementation(head=head, compute_dtype=dtype)
+            assert choice.implementation == "pallas" and reason in choice.reason
+            with pytest.raises(ValueError, match=reason):
+                dispatch.choose_implementation("fused", head=head, compute_dtype=dtype)
+
+
+def test_the_kernel_cannot_run_on_a_cpu_and_says_so():
+    with pytest.raises(ValueError, match=r"'fused' cannot run: it needs an NVIDIA GPU"):
+        lm_head_loss(*problem(T, D, V, jnp.bfloat16), implementation="fused")
