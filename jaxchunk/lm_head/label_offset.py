@@ -81,8 +81,8 @@ def _results(
         x, y = chunk
         x = live_rows(x, y, config.compute_dtype)
         own = own_labels(y, W.shape[0], config.vocab_axes)
-        z_y, _ = _label_logits(config, x, W[own], bias, own)
-        _, row = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x))
+        z_y = _label_logits(config, x, W[own], bias, own)[0]
+        row = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x))[1]
         return None, (offset_rows.results(row, config.row_options), row)
 
     return scan_chunks(step, None, config.chunk_rows, hidden, labels)[1]
@@ -122,7 +122,7 @@ def _gradients(
         dx = None
         if wanted.hidden:
             dx = f[:, None] * matmul(E, W, (1, 0), f.dtype) + h[:, None] * W_y.astype(f.dtype)
-            dx = (dx if u is None else dx - u[:, None] * W_sum[None]).astype(dx_dtype)
+            dx = (dx if W_sum is None or u is None else dx - u[:, None] * W_sum[None]).astype(dx_dtype)
         if wanted.weight:
             fx = jnp.where(y[:, None] >= 0, f[:, None] * x.astype(f.dtype), 0).astype(dtype)
             dW = added(dW, matmul(E, fx, (0, 0), config.accum_dtype))

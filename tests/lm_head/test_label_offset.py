@@ -183,6 +183,8 @@ KERNEL_CONFIGS = {
     "pingpong": {"schedule": "pingpong", "stages": 3},
     "pingpong, wide tiles": {"schedule": "pingpong", "tile_m": 64, "tile_n": 256, "stages": 2},
     "two slots, long steps": {"tile_n": 64, "tile_k": 128, "stages": 2, "store_n": 32, "store_slots": 2},
+    "cluster along rows": {"cluster": "m"},
+    "pingpong, cluster along columns": {"schedule": "pingpong", "stages": 3, "cluster": "n"},
     "along columns": {"grid_minor": "n", "grid_width": 3},
 }
 

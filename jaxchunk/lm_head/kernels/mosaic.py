@@ -13,11 +13,10 @@ Two schedules of the two computing warpgroups:
 Tiles may stick out of the arrays at their ends: TMA reads zeros there and writes nothing.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.extend
@@ -29,6 +28,7 @@ from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
 from jaxchunk.lm_head.kernels import Exponentials
+from jaxchunk.lm_head.kernels.tiles import MosaicConfig, Tiles
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.varying import varying_alike
 
@@ -36,60 +36,7 @@ ROWS_MULTIPLE, WIDTH_MULTIPLE, COLUMNS_MULTIPLE = 8, 16, 16  # of C, D and V: wh
 
 _LOG2_E = math.log2(math.e)
 _SHARED_MEMORY_BYTES = 227 * 1024
-_ALIGNMENT = 1024
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
-
-
-@dataclasses.dataclass(frozen=True)
-class MosaicConfig:
-    """Tuning parameters.
-
-    Attributes:
-      tile_m: rows of a computing warpgroup's tile, a multiple of 64.
-      tile_n: columns of it, a multiple of `store_n` up to 256.
-      tile_k: how much of D a step of the pipeline multiplies, a multiple of 64 (or 32, 16).
-      stages: steps for which a ring of operands has room.
-      store_n: columns that one TMA store writes.
-      store_slots: stores that may be under way in a warpgroup.
-      grid_minor: the dimension ("m" rows, "n" columns) that the order of tiles runs along within a stripe.
-      grid_width: tiles across a stripe.
-      schedule: "cooperative" or "pingpong".
-      split: with "cooperative", the dimension along which the two warpgroups lie.
-    """
-
-    tile_m: int = 128
-    tile_n: int = 128
-    tile_k: int = 64
-    stages: int = 4
-    store_n: int = 64
-    store_slots: int = 1
-    grid_minor: Literal["m", "n"] = "m"
-    grid_width: int = 8
-    schedule: Literal["cooperative", "pingpong"] = "cooperative"
-    split: Literal["m", "n"] = "m"
-
-    @property
-    def is_pingpong(self) -> bool:
-        """Whether each computing warpgroup has its own output tile."""
-        return self.schedule == "pingpong"
-
-    @property
-    def rings(self) -> int:
-        """Rings of operands in shared memory."""
-        return 2 if self.is_pingpong else 1
-
-    @property
-    def block_tile(self) -> tuple[int, int]:
-        """Rows and columns of the output tile that the operands in one stage belong to."""
-        halves = (1, 1) if self.is_pingpong else (2, 1) if self.split == "m" else (1, 2)
-        return self.tile_m * halves[0], self.tile_n * halves[1]
-
-    @property
-    def shared_memory_bytes(self) -> int:
-        """What operands and stores take of shared memory; a block has 227 KiB."""
-        block_m, block_n = self.block_tile
-        operands = 2 * self.rings * self.stages * (block_m + block_n) * self.tile_k
-        return operands + 2 * 2 * self.store_slots * self.tile_m * self.store_n + 8 * _ALIGNMENT // 4
 
 
 def exponentials(
@@ -115,9 +62,9 @@ def exponentials(
             f"C is {C}, D {D} and V {V}; they must be multiples of "
             f"{ROWS_MULTIPLE}, {WIDTH_MULTIPLE} and {COLUMNS_MULTIPLE}"
         )
-    block_m, block_n = config.block_tile
-    grid_m, grid_n = -(-C // block_m), -(-V // block_n)
-    to_tile = (0, grid_m * block_m - C)
+    cluster_m, cluster_n = config.cluster_tile
+    grid_m, grid_n = -(-C // cluster_m), -(-V // cluster_n)
+    to_tile = (0, grid_m * cluster_m - C)
     inputs = [
         x,
         W,
@@ -125,20 +72,23 @@ def exponentials(
         jnp.pad(labels, to_tile, constant_values=-1),
     ]
     if bias is not None:
-        inputs.append(jnp.pad(bias.astype(jnp.float32), (0, grid_n * block_n - V)))
+        inputs.append(jnp.pad(bias.astype(jnp.float32), (0, grid_n * cluster_n - V)))
     inputs = varying_alike(*inputs)
     out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(inputs[0]).manual_axis_type)
-    parts = out((grid_n * block_n // config.tile_n, grid_m * block_m), jnp.float32)
-    tiles = _Tiles(C, V, D, grid_m, grid_n, config, options, has_bias=bias is not None)
+    parts = out((grid_n * cluster_n // config.tile_n, grid_m * cluster_m), jnp.float32)
+    cluster_size = 1 if config.cluster is None else 2
+    tiles = Tiles(C, V, D, grid_m, grid_n, config, options, has_bias=bias is not None)
     E, n, *others = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles),
         out_type=[out((C, V), x.dtype), *[parts] * (2 + options.metrics)],
-        grid=(min(2 if interpret else _num_multiprocessors(), grid_m * grid_n),),
+        grid=(min(2 if interpret else _num_multiprocessors() // cluster_size, grid_m * grid_n),),
         grid_names=("block",),
+        cluster=(cluster_size,),
+        cluster_names=("cluster",),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="jaxchunk_exponentials",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=_interpreter() if interpret else None,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
     n = jnp.sum(n[:, :C], axis=0)
@@ -147,45 +97,7 @@ def exponentials(
     return Exponentials(E, n, largest, moment)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """The output as tiles: `grid_m` x `grid_n` of them, and the order in which blocks take them."""
-
-    C: int
-    V: int
-    D: int
-    grid_m: int
-    grid_n: int
-    config: MosaicConfig
-    options: RowOptions
-    has_bias: bool
-
-    @property
-    def steps(self) -> int:
-        """Steps of the pipeline in a tile."""
-        return -(-self.D // self.config.tile_k)
-
-    def of_this_block(self) -> Array:
-        """How many tiles this block has."""
-        return lax.div(
-            jnp.int32(self.grid_m * self.grid_n - 1) - lax.axis_index("block"), jnp.int32(lax.axis_size("block"))
-        ) + jnp.int32(1)
-
-    def at(self, i: Array) -> tuple[Array, Array]:
-        """First row and column of this block's i-th tile."""
-        config = self.config
-        index = i * jnp.int32(lax.axis_size("block")) + lax.axis_index("block")
-        minor = 0 if config.grid_minor == "m" else 1
-        m, n = plgpu.planar_snake(index, (self.grid_m, self.grid_n), minor, config.grid_width)
-        block_m, block_n = config.block_tile
-        return m * block_m, n * block_n
-
-    def slot(self, ring: Array | int, count: Array) -> Array:
-        """Where the `count`-th step of a ring lies in shared memory."""
-        return ring * self.config.stages + lax.rem(count, jnp.int32(self.config.stages))
-
-
-def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: _Tiles) -> None:  # type: ignore[no-untyped-def]
+def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: Tiles) -> None:  # type: ignore[no-untyped-def]
     bias_ref, out_refs = (refs[0], refs[1:]) if tiles.has_bias else (None, refs)
     config = tiles.config
     (block_m, block_n), slots = config.block_tile, config.rings * config.stages
@@ -196,7 +108,7 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: _Tiles) -> None:
         W_smem=_shared((slots, block_n, config.tile_k), W_ref.dtype, tiles.D),
         E_smem=_shared((2, config.store_slots, config.tile_m, config.store_n), out_refs[0].dtype, tiles.V),
         filled=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        drained=plgpu.Barrier(num_arrivals=3 - config.rings, num_barriers=slots),
+        drained=_drained_barrier(config),
         turns=plgpu.Barrier(num_barriers=2),
         collective_axes="warpgroup",
     )
@@ -204,12 +116,12 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: _Tiles) -> None:
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == 2)
-        def _() -> None:
+        def _move() -> None:
             plgpu.set_max_registers(40, action="decrease")
             _load_operands(x_ref, W_ref, x_smem, W_smem, filled, drained, tiles)
 
         @pl.when(warpgroup < 2)
-        def _() -> None:
+        def _work() -> None:
             plgpu.set_max_registers(232, action="increase")
             multiply = functools.partial(_product, x_smem, W_smem, filled, drained, turns, tiles)
             finish = functools.partial(_finish_tile, bias_ref, out_refs, E_smem, tiles)
@@ -217,7 +129,7 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: _Tiles) -> None:
             plgpu.wait_smem_to_gmem(0)
 
 
-def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any, drained: Any, tiles: _Tiles) -> None:
+def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any, drained: Any, tiles: Tiles) -> None:
     """The moving warpgroup: fills the rings, always `stages` steps ahead of who drains them."""
     config = tiles.config
     block_m, block_n = config.block_tile
@@ -231,11 +143,15 @@ def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any
             slot, depth = tiles.slot(ring, count), pl.ds(k * config.tile_k, config.tile_k)
 
             @pl.when(count >= config.stages)
-            def _() -> None:
+            def _wait() -> None:
                 plgpu.barrier_wait(drained.at[slot])
 
-            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(m, block_m), depth], x_smem.at[slot], filled.at[slot])
-            plgpu.copy_gmem_to_smem(W_ref.at[pl.ds(n, block_n), depth], W_smem.at[slot], filled.at[slot])
+            for ref, part, smem, shared_along in (
+                (x_ref, pl.ds(m, block_m), x_smem, "n"),
+                (W_ref, pl.ds(n, block_n), W_smem, "m"),
+            ):
+                shared: Any = {"collective_axes": "cluster"} if config.cluster == shared_along else {}
+                plgpu.copy_gmem_to_smem(ref.at[part, depth], smem.at[slot], filled.at[slot], **shared)
 
         lax.fori_loop(0, tiles.steps, load_step, None)
 
@@ -246,7 +162,7 @@ def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any
         for slot in range(config.stages):
 
             @pl.when(slot < count)
-            def _(slot: int = ring * config.stages + slot) -> None:
+            def _drain(slot: int = ring * config.stages + slot) -> None:
                 plgpu.barrier_wait(drained.at[slot])
 
 
@@ -256,7 +172,7 @@ def _compute(
     multiply: Callable[..., Array],
     finish: Callable[..., None],
     turns: Any,
-    tiles: _Tiles,
+    tiles: Tiles,
 ) -> None:
     """A computing warpgroup: its share of this block's tiles one after the other."""
     config, warpgroup = tiles.config, lax.axis_index("warpgroup")
@@ -274,10 +190,7 @@ def _compute(
             m = m + warpgroup * config.tile_m if config.split == "m" else m
             n = n + warpgroup * config.tile_n if config.split == "n" else n
         own_rows = pl.ds(m, config.tile_m)
-        offset, label = (
-            plgpu.load(ref.at[own_rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            for ref in (offset_ref, labels_ref)
-        )
+        offset, label = (_load(ref.at[own_rows], plgpu.Layout.WGMMA.reduce(1)) for ref in (offset_ref, labels_ref))
         finish(m, n, offset, label, multiply(visit, i + 1 < num_tiles))
 
     num_visits = lax.div(num_tiles + 1 - warpgroup, jnp.int32(2)) if config.is_pingpong else num_tiles
@@ -285,12 +198,13 @@ def _compute(
 
 
 def _product(
-    x_smem: Any, W_smem: Any, filled: Any, drained: Any, turns: Any, tiles: _Tiles, visit: Array, more_follow: Array
+    x_smem: Any, W_smem: Any, filled: Any, drained: Any, turns: Any, tiles: Tiles, visit: Array, more_follow: Array
 ) -> Float[Array, "tile_m tile_n"]:
     """A warpgroup's tile of x W^T, float32."""
     config, warpgroup = tiles.config, lax.axis_index("warpgroup")
     ring = warpgroup if config.is_pingpong else 0
-    own_rows = own_columns = slice(None)
+    own_rows: Any = slice(None)
+    own_columns: Any = slice(None)
     if not config.is_pingpong and config.split == "m":
         own_rows = pl.ds(warpgroup * config.tile_m, config.tile_m)
     elif not config.is_pingpong:
@@ -308,14 +222,14 @@ def _product(
             plgpu.wgmma_wait(1)
 
             @pl.when(k > 0)
-            def _() -> None:
+            def _release() -> None:
                 plgpu.barrier_arrive(drained.at[tiles.slot(ring, count - 1)])
 
         lax.fori_loop(0, tiles.steps, step, None)
         if config.is_pingpong:
 
             @pl.when(more_follow)
-            def _() -> None:
+            def _pass_on() -> None:
                 plgpu.barrier_arrive(turns.at[1 - warpgroup])
 
         plgpu.wgmma_wait(0)
@@ -329,7 +243,7 @@ def _finish_tile(
     bias_ref: Any,
     out_refs: Any,
     E_smem: Any,
-    tiles: _Tiles,
+    tiles: Tiles,
     m: Array,
     n: Array,
     offset: Array,
@@ -342,7 +256,7 @@ def _finish_tile(
     E_ref, n_ref, largest_ref, *moment_ref = out_refs
     bias = None
     if bias_ref is not None:
-        columns = plgpu.load(bias_ref.at[pl.ds(n, config.tile_n)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        columns = _load(bias_ref.at[pl.ds(n, config.tile_n)], plgpu.Layout.WGMMA.reduce(0))
         bias = lax.broadcast_in_dim(columns, shape, (1,))
     if bias is None and options.softcap is None:
         (z, slope), scale = (raw, None), options.logit_scale * _LOG2_E  # one multiply-add an element
@@ -351,7 +265,7 @@ def _finish_tile(
     exponent = z * scale - lax.broadcast_in_dim(offset, shape, (0,))
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     is_other = column != lax.broadcast_in_dim(label - n, shape, (0,))
-    if tiles.V % config.block_tile[1]:
+    if tiles.V % config.cluster_tile[1]:
         is_other &= column < tiles.V - n
     exponent = jnp.where(is_other, exponent, -jnp.inf)
     e = jnp.exp2(exponent)
@@ -364,6 +278,11 @@ def _finish_tile(
     _store(e if slope is None else e * slope, E_ref, E_smem.at[lax.axis_index("warpgroup")], m, n, config)
 
 
+def _load(ref: Any, layout: Any) -> Array:
+    """A vector from global memory, each thread its part."""
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.10 wants an index
+
+
 def _store(e: Array, E_ref: Any, E_smem: Any, m: Array, n: Array, config: MosaicConfig) -> None:
     """Writes a tile by TMA, `store_n` columns at a time."""
     e = e.astype(E_ref.dtype)
@@ -374,6 +293,18 @@ def _store(e: Array, E_ref: Any, E_smem: Any, m: Array, n: Array, config: Mosaic
         plgpu.commit_smem()
         columns = pl.ds(n + i * config.store_n, config.store_n)
         plgpu.copy_smem_to_gmem(E_smem.at[slot], E_ref.at[pl.ds(m, config.tile_m), columns])
+
+
+def _interpreter() -> Any:
+    return plgpu.InterpretGPUParams()  # type: ignore[attr-defined]  # from JAX 0.11
+
+
+def _drained_barrier(config: MosaicConfig) -> Any:
+    """Where warpgroups say that they need a slot's operands no longer, to both blocks of a cluster."""
+    slots, warpgroups = config.rings * config.stages, 3 - config.rings
+    if config.cluster is None:
+        return plgpu.Barrier(num_arrivals=warpgroups, num_barriers=slots)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=warpgroups, num_barriers=slots)
 
 
 def _shared(shape: tuple[int, ...], dtype: Any, size: int) -> Any:
