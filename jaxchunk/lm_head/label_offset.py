@@ -11,8 +11,8 @@ GEMM: its label's logit, one dot product of length D. One chunk of C tokens:
     dW  = dW + E^T (f * x)                    [V, D]  fp32 carry, accumulated inside the GEMM
 
 and after the loop dW[y] += h * x for all tokens. Logits are not stored and their gradients do not exist: E is written
-once and read twice. c = 40 serves rows whose largest logit is up to 90 nats above their label's; a chunk in which one
-is higher has its exponentials computed again, relative to that logit.
+once and read twice. c = 40 serves rows whose loss is up to 90 nats; a chunk in which one has more has its exponentials
+computed again, that row's relative to a higher offset.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jaxchunk.lm_head.chunks import added, live_labels, live_rows, matmul, own_l
 from jaxchunk.lm_head.differentiation import Types, Wanted
 from jaxchunk.lm_head.kernels import Exponentials
 from jaxchunk.lm_head.label_rows import add_label_rows
-from jaxchunk.lm_head.offset_rows import COMMON_RISE, LARGEST_RISE, OffsetStatistics
+from jaxchunk.lm_head.offset_rows import COMMON_RISE, LARGEST_SUM, OVERFLOW_RISE, OffsetStatistics
 from jaxchunk.lm_head.rows import RowOptions, RowResults
 from jaxchunk.lm_head.varying import varying_axes, varying_over
 
@@ -165,28 +165,33 @@ def _exponentials(
 ) -> tuple[Array, OffsetStatistics]:
     """E of a chunk with the statistics of its rows; taken as they are where they are known."""
 
-    def at(rise: Array) -> Exponentials:
-        offset = jnp.where(y >= 0, z_y + rise, jnp.inf)
-        return config.exponentials(x, W, offset, own, bias, config.row_options)
+    def at(rise: Array, options: RowOptions) -> tuple[Array, Exponentials]:
+        offset, rise = offset_rows.offset_and_rise(z_y, rise)
+        E, n, largest, moment = config.exponentials(x, W, jnp.where(y >= 0, offset, jnp.inf), own, bias, options)
+        if config.vocab_axes:
+            n, moment = lax.psum((n, moment), config.vocab_axes)
+            largest = None if largest is None else lax.pmax(largest, config.vocab_axes)
+        return rise, Exponentials(E, n, largest, moment)
 
+    options = config.row_options
     if row is not None:
-        return at(row.rise).E, row
-    rise = (z_y + COMMON_RISE) - z_y  # 40, with the rounding of the offset
-    first = at(rise)
-    largest = first.largest if not config.vocab_axes else lax.pmax(first.largest, config.vocab_axes)
-    largest = largest + rise
-    is_far = largest > LARGEST_RISE
-    rise = jnp.where(is_far, (z_y + largest) - z_y, rise)
+        return at(row.rise, options)[1].E, row
+    rise, first = at(jnp.full_like(z_y, COMMON_RISE), options)
+    if (
+        first.largest is None
+    ):  # log n will do for it where n has not overflowed, and else a step to where maxima are taken
+        first = first._replace(largest=jnp.where(jnp.isinf(first.n), OVERFLOW_RISE, jnp.log(first.n)))
 
     # A loop that hardly ever turns, where a `cond` would copy E on the way that is always taken.
     def again(state: tuple[Array, Exponentials]) -> tuple[Array, Exponentials]:
-        return state[0] & False, at(rise)
+        rise, (_, n, largest, moment) = state
+        rise, new = at(rise + jnp.where(n > LARGEST_SUM, largest, 0), dataclasses.replace(options, metrics=True))
+        return rise, new if moment is not None else new._replace(moment=None)
 
-    _, (E, n, _, moment) = lax.while_loop(lambda state: state[0], again, (jnp.any(is_far), first))
-    if config.vocab_axes:
-        n, moment = lax.psum((n, moment), config.vocab_axes)
-    metrics = config.row_options.metrics
-    return E, OffsetStatistics(rise, n, z_y, z_mean, largest if metrics else None, moment)
+    rise, (E, n, largest, moment) = lax.while_loop(
+        lambda state: jnp.any(state[1].n > LARGEST_SUM), again, (rise, first)
+    )
+    return E, OffsetStatistics(rise, n, z_y, z_mean, largest + rise if options.metrics else None, moment)
 
 
 def _label_logits(

@@ -1,6 +1,6 @@
 """The arithmetic of one row of logits relative to its label's: what `label_offset.py` does between GEMMs.
 
-A row z with label y has the offset o = z_y + c. Sums leave the label's column out:
+A row z with label y has the offset o = z_y + c, a whole multiple of ln 2. Sums leave the label's column out:
 
     n = sum_{j != y} exp(z_j - o)        s = n + e^-c
 
@@ -8,10 +8,12 @@ A row z with label y has the offset o = z_y + c. Sums leave the label's column o
     softmax_j       = exp(z_j - o) / s                     j != y
     softmax_y - 1   = -n / s                               and never as that difference, which cancels
 
-c is 40, so that n fits float32 from labels 47 nats above the rest (n is 0 beyond: so is the gradient, to 1e-20) to
-logits 90 nats above the label; where one is higher still, c is its distance to the label.
+c is about 40, so that n fits float32 from labels 47 nats above the rest (n is 0 beyond: so is the gradient, to 1e-20)
+to a loss of 128 nats. Above 90 the factor 1/s would leave bfloat16 its smallest numbers: there c is raised to where the
+largest logit is.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,7 +23,10 @@ from jax import Array
 from jaxchunk.lm_head.rows import RowOptions, RowResults
 
 COMMON_RISE = 40.0
-LARGEST_RISE = 90.0
+LARGEST_SUM = math.exp(50.0)  # of n
+OVERFLOW_RISE = 85.0  # on top of c where n has overflowed
+_LN2_HIGH = 355.0 / 512.0  # times a whole number below 2^15 it is a float32
+_LN2_LOW = math.log(2.0) - _LN2_HIGH
 _LARGEST_FACTOR = 1e17  # times e^41 it is a float32
 _TIE = 1e-6  # the label's logit and the others are sums in different orders: closer ones are as good as equal
 
@@ -44,6 +49,21 @@ class OffsetStatistics(NamedTuple):
     z_mean: Array | None
     largest: Array | None
     moment: Array | None
+
+
+def offset_and_rise(z_y: Array, rise: Array) -> tuple[Array, Array]:
+    """The whole number of octaves (powers of 2) nearest to `z_y + rise`, and its exact distance to z_y in nats.
+
+    A kernel takes 2^(z log2 e - offset), and a whole offset is not rounded on the way to it.
+    """
+    offset = jnp.round((z_y + rise) * math.log2(math.e))
+    return offset, (offset * _LN2_HIGH - z_y) + offset * _LN2_LOW
+
+
+def above(z: Array, offset: Array) -> Array:
+    """`z - offset ln 2`, for kernels that take exp."""
+    distance = (z - offset * _LN2_HIGH) - offset * _LN2_LOW
+    return jnp.where(offset == jnp.inf, -jnp.inf, distance)
 
 
 class OffsetCoefficients(NamedTuple):

@@ -106,10 +106,14 @@ def oracle(p: Problem, cotangent=1.0, **options) -> Result:
     z_max = z.max(axis=1, keepdims=True)
     lse = z_max[:, 0] + np.log(np.exp(z - z_max).sum(axis=1))
     z_y, softmax = np.sum(z, axis=1, where=is_label), np.exp(z - lse[:, None])
+    # lse - z_y and softmax_y - 1 would cancel where the label stands 30 nats above the rest.
+    above = np.logaddexp.reduce(np.where(is_label, -np.inf, z), axis=1) - z_y
+    cross_entropy = np.logaddexp(0, above)
+    residual = np.where(is_label, np.expm1(-cross_entropy)[:, None], softmax)  # softmax - is_label
 
     smoothing = o.label_smoothing
-    per_token = (1 - smoothing) * (lse - z_y) + smoothing * (lse - z.mean(axis=1)) + o.z_loss * lse**2
-    dz = (1 + 2 * o.z_loss * lse)[:, None] * softmax - (1 - smoothing) * is_label - smoothing / V
+    per_token = cross_entropy + smoothing * (z_y - z.mean(axis=1)) + o.z_loss * lse**2
+    dz = residual + smoothing * is_label - smoothing / V + (2 * o.z_loss * lse)[:, None] * softmax
 
     denominator = 1.0 if o.reduction != "mean" else w[valid].sum() if o.normalizer is None else float(o.normalizer)
     share = valid * (1 / denominator if denominator else 0.0)

@@ -10,7 +10,8 @@ Two schedules of the two computing warpgroups:
     pingpong      each has its own output tile, and its own ring of operands: one takes exponentials while the other
                   multiplies. They hand the tensor cores to each other by a barrier.
 
-Tiles may stick out of the arrays at their ends: TMA reads zeros there and writes nothing.
+Tiles may stick out of the arrays at their ends: TMA reads zeros there and writes nothing. Columns have to be left out of
+sums only in tiles that do, or that hold a label's column: a table, made before, says which.
 """
 
 import functools
@@ -36,6 +37,7 @@ ROWS_MULTIPLE, WIDTH_MULTIPLE, COLUMNS_MULTIPLE = 8, 16, 16  # of C, D and V: wh
 
 _LOG2_E = math.log2(math.e)
 _SHARED_MEMORY_BYTES = 227 * 1024
+_COMBINE = jnp.add, jnp.maximum, jnp.add  # sums, maxima and moments of parts of a row
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
 
 
@@ -68,9 +70,10 @@ def exponentials(
     inputs = [
         x,
         W,
-        jnp.pad(offset * _LOG2_E, to_tile, constant_values=jnp.inf),
+        jnp.pad(offset, to_tile, constant_values=jnp.inf),
         jnp.pad(labels, to_tile, constant_values=-1),
     ]
+    inputs.append(_tiles_to_mask(inputs[3], V, grid_n * cluster_n, config))
     if bias is not None:
         inputs.append(jnp.pad(bias.astype(jnp.float32), (0, grid_n * cluster_n - V)))
     inputs = varying_alike(*inputs)
@@ -78,9 +81,9 @@ def exponentials(
     parts = out((grid_n * cluster_n // config.tile_n, grid_m * cluster_m), jnp.float32)
     cluster_size = 1 if config.cluster is None else 2
     tiles = Tiles(C, V, D, grid_m, grid_n, config, options, has_bias=bias is not None)
-    E, n, *others = plgpu.kernel(
+    E, n, *maxima_and_moments = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles),
-        out_type=[out((C, V), x.dtype), *[parts] * (2 + options.metrics)],
+        out_type=[out((C, V), x.dtype), *[parts] * (3 if options.metrics else 1)],
         grid=(min(2 if interpret else _num_multiprocessors() // cluster_size, grid_m * grid_n),),
         grid_names=("block",),
         cluster=(cluster_size,),
@@ -92,12 +95,21 @@ def exponentials(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
     n = jnp.sum(n[:, :C], axis=0)
-    largest = jnp.max(others[0][:, :C], axis=0) / _LOG2_E
-    moment = jnp.sum(others[1][:, :C], axis=0) / _LOG2_E if options.metrics else None
-    return Exponentials(E, n, largest, moment)
+    if not options.metrics:
+        return Exponentials(E, n, None, None)
+    maxima, moments = maxima_and_moments
+    return Exponentials(E, n, jnp.max(maxima[:, :C], axis=0) / _LOG2_E, jnp.sum(moments[:, :C], axis=0) / _LOG2_E)
 
 
-def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: Tiles) -> None:  # type: ignore[no-untyped-def]
+def _tiles_to_mask(labels: Array, V: int, columns: int, config: MosaicConfig) -> Int[Array, "tiles_m tiles_n"]:
+    """Which warpgroups' tiles hold the column of a label of theirs, or stick out of V: 1 or 0."""
+    tile = lax.broadcasted_iota(labels.dtype, (labels.size, columns // config.tile_n), 1)
+    holds = (lax.div(labels, jnp.int32(config.tile_n))[:, None] == tile) & (labels >= 0)[:, None]
+    holds = jnp.any(holds.reshape(-1, config.tile_m, tile.shape[1]), axis=1)
+    return (holds | ((tile[:1] + 1) * config.tile_n > V)).astype(jnp.int32)
+
+
+def _kernel(x_ref, W_ref, offset_ref, labels_ref, mask_ref, *refs, tiles: Tiles) -> None:  # type: ignore[no-untyped-def]
     bias_ref, out_refs = (refs[0], refs[1:]) if tiles.has_bias else (None, refs)
     config = tiles.config
     (block_m, block_n), slots = config.block_tile, config.rings * config.stages
@@ -125,7 +137,7 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, *refs, tiles: Tiles) -> None: 
             plgpu.set_max_registers(232, action="increase")
             multiply = functools.partial(_product, x_smem, W_smem, filled, drained, turns, tiles)
             finish = functools.partial(_finish_tile, bias_ref, out_refs, E_smem, tiles)
-            _compute(offset_ref, labels_ref, multiply, finish, turns, tiles)
+            _compute(offset_ref, labels_ref, mask_ref, multiply, finish, turns, tiles)
             plgpu.wait_smem_to_gmem(0)
 
 
@@ -169,6 +181,7 @@ def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any
 def _compute(
     offset_ref: Any,
     labels_ref: Any,
+    mask_ref: Any,
     multiply: Callable[..., Array],
     finish: Callable[..., None],
     turns: Any,
@@ -191,7 +204,13 @@ def _compute(
             n = n + warpgroup * config.tile_n if config.split == "n" else n
         own_rows = pl.ds(m, config.tile_m)
         offset, label = (_load(ref.at[own_rows], plgpu.Layout.WGMMA.reduce(1)) for ref in (offset_ref, labels_ref))
-        finish(m, n, offset, label, multiply(visit, i + 1 < num_tiles))
+        is_masked = mask_ref[lax.div(m, jnp.int32(config.tile_m)), lax.div(n, jnp.int32(config.tile_n))] > 0
+        raw = multiply(visit, i + 1 < num_tiles)
+        lax.cond(
+            is_masked,
+            lambda: finish(m, n, offset, label, raw),
+            lambda: finish(m, n, offset, None, raw),
+        )
 
     num_visits = lax.div(num_tiles + 1 - warpgroup, jnp.int32(2)) if config.is_pingpong else num_tiles
     lax.fori_loop(0, num_visits, compute_tile, None)
@@ -247,35 +266,52 @@ def _finish_tile(
     m: Array,
     n: Array,
     offset: Array,
-    label: Array,
+    label: Array | None,
     raw: Array,
 ) -> None:
-    """Exponentials of a warpgroup's tile, stored; sums and maxima of its rows."""
-    config, options = tiles.config, tiles.options
-    shape = raw.shape
-    E_ref, n_ref, largest_ref, *moment_ref = out_refs
-    bias = None
-    if bias_ref is not None:
-        columns = _load(bias_ref.at[pl.ds(n, config.tile_n)], plgpu.Layout.WGMMA.reduce(0))
-        bias = lax.broadcast_in_dim(columns, shape, (1,))
+    """Exponentials of a warpgroup's tile, stored; sums (and for the metrics maxima and moments) of its rows.
+
+    It goes on in steps of `store_n` columns, so that one's exponentials are taken while the one before is stored. With a
+    `label` no column is counted that is a label's or outside of V.
+    """
+    config = tiles.config
+    E_ref, *parts_refs = out_refs
+    part, own_rows = lax.div(n, jnp.int32(config.tile_n)), pl.ds(m, config.tile_m)
+    parts: list[Array] = []
+    for i in range(config.tile_n // config.store_n):
+        start = n + i * config.store_n
+        bias = None
+        if bias_ref is not None:
+            bias = _load(bias_ref.at[pl.ds(start, config.store_n)], plgpu.Layout.WGMMA.reduce(0))
+        exponent, slope = _exponents(raw[:, i * config.store_n : (i + 1) * config.store_n], offset, bias, tiles)
+        if label is not None:
+            column = plgpu.broadcasted_iota(jnp.int32, exponent.shape, 1, layout=plgpu.Layout.WGMMA)
+            is_counted = column != lax.broadcast_in_dim(label - start, exponent.shape, (0,))
+            if tiles.V % config.cluster_tile[1]:
+                is_counted &= column < tiles.V - start
+            exponent = jnp.where(is_counted, exponent, -jnp.inf)
+        e = jnp.exp2(exponent)
+        new = [jnp.sum(e, axis=1)]
+        if tiles.options.metrics:
+            new += [jnp.max(exponent, axis=1), jnp.sum(jnp.where(e > 0, e * exponent, 0.0), axis=1)]
+        parts = [combine(*pair) for combine, *pair in zip(_COMBINE, parts, new)] if parts else new
+        slot = E_smem.at[lax.axis_index("warpgroup"), i % config.store_slots]
+        _store(e if slope is None else e * slope, E_ref.at[own_rows, pl.ds(start, config.store_n)], slot, config)
+    for ref, value in zip(parts_refs, parts, strict=True):
+        ref[part, own_rows] = value
+
+
+def _exponents(
+    raw: Array, offset: Array, bias: Array | None, tiles: Tiles
+) -> tuple[Float[Array, "tile_m store_n"], Float[Array, "tile_m store_n"] | None]:
+    """(z - o) log2 e, with the softcap's slope."""
+    options = tiles.options
     if bias is None and options.softcap is None:
         (z, slope), scale = (raw, None), options.logit_scale * _LOG2_E  # one multiply-add an element
     else:
+        bias = None if bias is None else lax.broadcast_in_dim(bias, raw.shape, (1,))
         (z, slope), scale = rows.transformed(raw, bias, options, _MATH), _LOG2_E
-    exponent = z * scale - lax.broadcast_in_dim(offset, shape, (0,))
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    is_other = column != lax.broadcast_in_dim(label - n, shape, (0,))
-    if tiles.V % config.cluster_tile[1]:
-        is_other &= column < tiles.V - n
-    exponent = jnp.where(is_other, exponent, -jnp.inf)
-    e = jnp.exp2(exponent)
-    part, own_rows = lax.div(n, jnp.int32(config.tile_n)), pl.ds(m, config.tile_m)
-
-    n_ref[part, own_rows] = jnp.sum(e, axis=1)
-    largest_ref[part, own_rows] = jnp.max(exponent, axis=1)
-    if moment_ref:
-        moment_ref[0][part, own_rows] = jnp.sum(jnp.where(e > 0, e * exponent, 0.0), axis=1)
-    _store(e if slope is None else e * slope, E_ref, E_smem.at[lax.axis_index("warpgroup")], m, n, config)
+    return z * scale - lax.broadcast_in_dim(offset, raw.shape, (0,)), slope
 
 
 def _load(ref: Any, layout: Any) -> Array:
@@ -283,16 +319,12 @@ def _load(ref: Any, layout: Any) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.10 wants an index
 
 
-def _store(e: Array, E_ref: Any, E_smem: Any, m: Array, n: Array, config: MosaicConfig) -> None:
-    """Writes a tile by TMA, `store_n` columns at a time."""
-    e = e.astype(E_ref.dtype)
-    for i in range(config.tile_n // config.store_n):
-        slot = i % config.store_slots
-        plgpu.wait_smem_to_gmem(config.store_slots - 1, wait_read_only=True)
-        E_smem[slot] = e[:, i * config.store_n : (i + 1) * config.store_n]
-        plgpu.commit_smem()
-        columns = pl.ds(n + i * config.store_n, config.store_n)
-        plgpu.copy_smem_to_gmem(E_smem.at[slot], E_ref.at[pl.ds(m, config.tile_m), columns])
+def _store(e: Array, E_ref: Any, slot: Any, config: MosaicConfig) -> None:
+    """Writes a part of a tile by TMA, by way of a slot in shared memory."""
+    plgpu.wait_smem_to_gmem(config.store_slots - 1, wait_read_only=True)
+    slot[...] = e.astype(E_ref.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(slot, E_ref)
 
 
 def _interpreter() -> Any:

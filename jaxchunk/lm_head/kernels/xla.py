@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxchunk.lm_head import rows
+from jaxchunk.lm_head import offset_rows, rows
 from jaxchunk.lm_head.chunks import matmul
 from jaxchunk.lm_head.kernels import Exponentials
 from jaxchunk.lm_head.rows import RowCoefficients, RowOptions, RowStatistics
@@ -71,11 +71,13 @@ def exponentials(
     """`Exponentials` of a chunk; float32 logits may exist on the way."""
     raw = matmul(x, W, (1, 1), rows.statistics_dtype(x.dtype))
     z, slope = _transformed(raw, bias, options)
-    above = jnp.where(_is_label(raw, labels), -jnp.inf, z - offset[:, None])
+    above = jnp.where(_is_label(raw, labels), -jnp.inf, offset_rows.above(z, offset[:, None]))
     e = jnp.exp(above)
-    moment = jnp.sum(jnp.where(e > 0, e * above, 0), axis=1) if options.metrics else None
+    largest = moment = None
+    if options.metrics:
+        largest, moment = jnp.max(above, axis=1), jnp.sum(jnp.where(e > 0, e * above, 0), axis=1)
     E = e if slope is None else e * slope
-    return Exponentials(E.astype(x.dtype), jnp.sum(e, axis=1), jnp.max(above, axis=1), moment)
+    return Exponentials(E.astype(x.dtype), jnp.sum(e, axis=1), largest, moment)
 
 
 def _transformed(raw: Array, bias: Array | None, options: RowOptions) -> tuple[Array, Array | None]:
