@@ -85,8 +85,8 @@ def lm_head_loss(
       num_chunks: at least 1; need not divide T (chunks have ceil(T / num_chunks) tokens).
       implementation: "xla" (any device), "pallas" (NVIDIA GPU), "fused" (NVIDIA Hopper GPU, bfloat16, JAX 0.11, D and V
         multiples of 16, not softcap together with smoothing), "reference" (unchunked, float32, gradients by autodiff;
-        ignores `num_chunks` and the dtypes), or None: the fastest that can run, "fused", "pallas", "xla" in this order.
-        For tests "pallas_interpret" and "fused_interpret" (the Pallas kernels interpreted, slow) and "fused_xla" (the
+        ignores `num_chunks` and the dtypes), or None: "pallas" on an NVIDIA GPU, "xla" elsewhere. For tests
+        "pallas_interpret" and "fused_interpret" (the Pallas kernels interpreted, slow) and "fused_xla" (the
         algorithm of "fused" over a plain kernel). A named implementation never falls back to another.
       ignore_index: tokens with this label contribute nothing, whatever their `hidden` holds.
       reduction: "mean" or "sum" over the tokens that are not ignored, or "none": a loss for each, 0 for ignored ones.

@@ -58,7 +58,7 @@ def choose_implementation(
       implementation: a name, or None to choose by device.
       compute_dtype: dtype of the logits.
       platform: "cpu", "gpu" or "tpu"; None for the platform that JAX would run on now.
-      head: what the fused implementation has to know; without it, it is never chosen.
+      head: what the fused implementation has to know; without it, it is refused.
 
     Returns:
       The implementation and the reason for it.
@@ -70,10 +70,8 @@ def choose_implementation(
     if implementation is None:
         obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
         if obstacle is None:
-            fused_obstacle = _fused_obstacle(platform, jax.numpy.dtype(compute_dtype), head)
-            if fused_obstacle is None:
-                return Choice("fused", "the device is an NVIDIA Hopper GPU")
-            return Choice("pallas", f"fused cannot run: {fused_obstacle}")
+            # Not yet "fused" where that can run: it has no benchmark under the protocol behind it.
+            return Choice("pallas", "the device is an NVIDIA GPU")
         return Choice("xla", f"pallas cannot run: {obstacle}")
     if implementation not in get_args(Implementation):
         names = ", ".join(get_args(Implementation))

@@ -165,18 +165,18 @@ def _exponentials(
 ) -> tuple[Array, OffsetStatistics]:
     """E of a chunk with the statistics of its rows; taken as they are where they are known."""
 
-    def at(rise: Array, options: RowOptions) -> tuple[Array, Exponentials]:
-        offset, rise = offset_rows.offset_and_rise(z_y, rise)
+    def at(excess: Array, options: RowOptions) -> tuple[Array, Exponentials]:
+        offset, excess = offset_rows.offset_and_excess(z_y, excess)
         E, n, largest, moment = config.exponentials(x, W, jnp.where(y >= 0, offset, jnp.inf), own, bias, options)
         if config.vocab_axes:
             n, moment = lax.psum((n, moment), config.vocab_axes)
             largest = None if largest is None else lax.pmax(largest, config.vocab_axes)
-        return rise, Exponentials(E, n, largest, moment)
+        return excess, Exponentials(E, n, largest, moment)
 
     options = config.row_options
     if row is not None:
-        return at(row.rise, options)[1].E, row
-    rise, first = at(jnp.full_like(z_y, COMMON_RISE), options)
+        return at(row.excess, options)[1].E, row
+    excess, first = at(jnp.zeros_like(z_y), options)
     if (
         first.largest is None
     ):  # log n will do for it where n has not overflowed, and else a step to where maxima are taken
@@ -184,14 +184,17 @@ def _exponentials(
 
     # A loop that hardly ever turns, where a `cond` would copy E on the way that is always taken.
     def again(state: tuple[Array, Exponentials]) -> tuple[Array, Exponentials]:
-        rise, (_, n, largest, moment) = state
-        rise, new = at(rise + jnp.where(n > LARGEST_SUM, largest, 0), dataclasses.replace(options, metrics=True))
-        return rise, new if moment is not None else new._replace(moment=None)
+        excess, (_, n, largest, moment) = state
+        assert largest is not None
+        excess, new = at(excess + jnp.where(n > LARGEST_SUM, largest, 0), dataclasses.replace(options, metrics=True))
+        return excess, new if moment is not None else new._replace(moment=None)
 
-    rise, (E, n, largest, moment) = lax.while_loop(
-        lambda state: jnp.any(state[1].n > LARGEST_SUM), again, (rise, first)
+    excess, (E, n, largest, moment) = lax.while_loop(
+        lambda state: jnp.any(state[1].n > LARGEST_SUM), again, (excess, first)
     )
-    return E, OffsetStatistics(rise, n, z_y, z_mean, largest + rise if options.metrics else None, moment)
+    assert largest is not None
+    above = largest + (COMMON_RISE + excess) if options.metrics else None
+    return E, OffsetStatistics(excess, n, z_y, z_mean, above, moment)
 
 
 def _label_logits(

@@ -8,9 +8,9 @@ A row z with label y has the offset o = z_y + c, a whole multiple of ln 2. Sums 
     softmax_j       = exp(z_j - o) / s                     j != y
     softmax_y - 1   = -n / s                               and never as that difference, which cancels
 
-c is about 40, so that n fits float32 from labels 47 nats above the rest (n is 0 beyond: so is the gradient, to 1e-20)
-to a loss of 128 nats. Above 90 the factor 1/s would leave bfloat16 its smallest numbers: there c is raised to where the
-largest logit is.
+c is near 58 ln 2 = 40, so that n fits float32 from labels 47 nats above the rest (n is 0 beyond: so is the gradient, to
+1e-20) to a loss of 128 nats. Above 90 there is little left of the factor 1/s: c is raised to where the largest logit
+is. What c has beyond 58 ln 2, its excess, is kept instead of c, for it is small and powers of 2 are exact.
 """
 
 import math
@@ -22,12 +22,13 @@ from jax import Array
 
 from jaxchunk.lm_head.rows import RowOptions, RowResults
 
-COMMON_RISE = 40.0
+COMMON_OCTAVES = 58  # powers of 2
+COMMON_RISE = COMMON_OCTAVES * math.log(2.0)
 LARGEST_SUM = math.exp(50.0)  # of n
 OVERFLOW_RISE = 85.0  # on top of c where n has overflowed
 _LN2_HIGH = 355.0 / 512.0  # times a whole number below 2^15 it is a float32
 _LN2_LOW = math.log(2.0) - _LN2_HIGH
-_LARGEST_FACTOR = 1e17  # times e^41 it is a float32
+_LARGEST_FACTOR = 1e17  # times 2^58 e it is a float32
 _TIE = 1e-6  # the label's logit and the others are sums in different orders: closer ones are as good as equal
 
 
@@ -35,15 +36,15 @@ class OffsetStatistics(NamedTuple):
     """What is known of rows once their exponentials are taken; every field has the rows' shape.
 
     Attributes:
-      rise: c, how far the offset lies above the label's logit.
+      excess: c - COMMON_RISE; c is how far the offset lies above the label's logit.
       n: sum of exp(z_j - z_y - c) over the columns that are not the label's.
       z_y: the label's logit; 0 in an ignored row.
       z_mean: mean of the logits, with label smoothing only.
       largest: largest z_j - z_y over the columns that are not the label's, for the metrics only.
-      moment: sum of exp(z_j - z_y - c) (z_j - z_y - c) over them, for the metrics only.
+      moment: sum of exp(z_j - z_y - c) (z_j - z_y - c + COMMON_RISE) over them, for the metrics only.
     """
 
-    rise: Array
+    excess: Array
     n: Array
     z_y: Array
     z_mean: Array | None
@@ -51,19 +52,18 @@ class OffsetStatistics(NamedTuple):
     moment: Array | None
 
 
-def offset_and_rise(z_y: Array, rise: Array) -> tuple[Array, Array]:
-    """The whole number of octaves (powers of 2) nearest to `z_y + rise`, and its exact distance to z_y in nats.
+def offset_and_excess(z_y: Array, excess: Array) -> tuple[Array, Array]:
+    """The offset in octaves, a whole number, for about this excess, and the excess that it has exactly.
 
     A kernel takes 2^(z log2 e - offset), and a whole offset is not rounded on the way to it.
     """
-    offset = jnp.round((z_y + rise) * math.log2(math.e))
-    return offset, (offset * _LN2_HIGH - z_y) + offset * _LN2_LOW
+    octaves = jnp.round((z_y + excess) * math.log2(math.e))
+    return octaves + COMMON_OCTAVES, (octaves * _LN2_HIGH - z_y) + octaves * _LN2_LOW
 
 
-def above(z: Array, offset: Array) -> Array:
-    """`z - offset ln 2`, for kernels that take exp."""
-    distance = (z - offset * _LN2_HIGH) - offset * _LN2_LOW
-    return jnp.where(offset == jnp.inf, -jnp.inf, distance)
+def distance(z: Array, offset: Array) -> Array:
+    """`z - offset ln 2`, for kernels that take exp; -inf where the offset is +inf."""
+    return jnp.where(offset == jnp.inf, -jnp.inf, (z - offset * _LN2_HIGH) - offset * _LN2_LOW)
 
 
 class OffsetCoefficients(NamedTuple):
@@ -90,15 +90,15 @@ def results(row: OffsetStatistics, options: RowOptions) -> RowResults:
     correct = entropy = None
     if row.moment is not None and row.largest is not None:
         correct = row.largest <= _TIE * (COMMON_RISE + jnp.abs(row.z_y))
-        s = row.n + jnp.exp(-row.rise)  # entropy: sum_j p_j (lse - z_j), the label's term apart
-        others = row.n * (cross_entropy - row.rise) - row.moment
-        entropy = (jnp.exp(-row.rise) * cross_entropy + others) / s
+        label = _label(row)  # entropy: sum_j p_j (lse - z_j), the label's term apart
+        others = row.n * (cross_entropy - row.excess) - row.moment
+        entropy = (label * cross_entropy + others) / (row.n + label)
     return RowResults(loss, lse, correct, entropy)
 
 
 def coefficients(row: OffsetStatistics, row_weight: Array, options: RowOptions) -> OffsetCoefficients:
     """Gradient coefficients of rows whose loss is multiplied by `row_weight`."""
-    label = jnp.exp(-row.rise)
+    label = _label(row)
     s = row.n + label
     weight = row_weight if options.logit_scale == 1.0 else row_weight * options.logit_scale
     factor, label_gradient, uniform = weight / s, -weight * (row.n / s), None
@@ -113,7 +113,12 @@ def coefficients(row: OffsetStatistics, row_weight: Array, options: RowOptions) 
 
 def _cross_entropy(row: OffsetStatistics) -> Array:
     """The loss without options, log1p(n e^c) where that is finite: log n + c would round its digits away."""
-    usual = (row.n < _LARGEST_FACTOR) & (row.rise < COMMON_RISE + 1)
-    small = jnp.log1p(jnp.where(usual, row.n, 0.0) * jnp.exp(jnp.where(usual, row.rise, 0.0)))
-    large = jax.nn.softplus(jnp.log(jnp.where(usual, 1.0, row.n)) + row.rise)
+    usual = (row.n < _LARGEST_FACTOR) & (row.excess < 1)
+    small = jnp.log1p(jnp.where(usual, row.n, 0.0) * 2.0**COMMON_OCTAVES * jnp.exp(jnp.where(usual, row.excess, 0.0)))
+    large = jax.nn.softplus(jnp.log(jnp.where(usual, 1.0, row.n)) + COMMON_RISE + row.excess)
     return jnp.where(usual, small, large)
+
+
+def _label(row: OffsetStatistics) -> Array:
+    """e^-c, the label's own exponential."""
+    return jnp.exp(-row.excess) * 2.0**-COMMON_OCTAVES

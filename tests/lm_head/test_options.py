@@ -23,6 +23,7 @@ from lm_head_oracle import (
     problem,
     relative_error,
     same_dtype_baseline,
+    sizes,
     value_and_grads,
 )
 
@@ -103,9 +104,8 @@ def judged_case(names: str, T: int, D: int, V: int, dtype) -> tuple[Case, Result
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("names", MATRIX, ids=lambda names: names.replace(EVERYTHING, "everything"))
 def test_options_are_as_exact_as_unchunked(implementation, names, dtype):
-    # Neither shape is divisible by its chunk count; a GPU needs enough rows for the same kind of GEMM as the baseline.
-    T, D, V, num_chunks = (2001, 64, 1187, 7) if implementation == "pallas" else (33, 24, 97, 4)
-    case, exact, baseline = judged_case(names, T, D, V, dtype)
+    num_chunks = 7 if implementation in ("pallas", "fused") else 4
+    case, exact, baseline = judged_case(names, *sizes(implementation), dtype)
     result = value_and_grads(
         case.problem, case.cotangent, num_chunks=num_chunks, implementation=implementation, **case.options
     )
@@ -121,7 +121,7 @@ def test_the_matrix_has_every_option_alone(capsys):
     implementations, sets, dtypes = len(ALL), len(MATRIX), len(DTYPES)
     with capsys.disabled():  # on stderr, which pytest-xdist's workers share with the terminal
         print(
-            f"\noption matrix: {implementations * sets * dtypes} cases, {implementations} implementations (1 on a GPU) "
+            f"\noption matrix: {implementations * sets * dtypes} cases, {implementations} implementations (2 on a GPU) "
             f"x {sets} sets of options ({len(OPTIONS)} of one) x {dtypes} dtypes",
             file=sys.stderr,
         )
@@ -473,7 +473,6 @@ def test_entropy_where_the_label_is_masked_out(implementation):
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_softcaps_of_every_size(implementation, scale, softcap, dtype):
     """A cap of some tens lets a kernel sum without a maximum, which must not cost digits; a large one bends nothing."""
-    T, D, V = (2001, 64, 1187) if implementation == "pallas" else (33, 24, 97)
-    p, options = problem(T, D, V, dtype, scale=scale), {"logit_softcap": softcap}
+    p, options = problem(*sizes(implementation), dtype, scale=scale), {"logit_softcap": softcap}
     result = value_and_grads(p, num_chunks=4, implementation=implementation, **options)
     assert_as_exact(result, oracle(p, **options), same_dtype_baseline(p, **options), dtype)

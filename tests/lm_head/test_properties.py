@@ -233,7 +233,7 @@ def test_one_token(implementation):
     holds()
 
 
-@implementations
+@pytest.mark.parametrize("implementation", [i for i in ALL if i != "fused_xla"])  # "fused" has 16 columns or more
 def test_a_vocabulary_of_one_is_certain(implementation):
     loss_and_gradients = compiled(implementation, gradients=True, label_smoothing=0.1)
     z_loss = compiled(implementation, reduction="none", z_loss=0.5)

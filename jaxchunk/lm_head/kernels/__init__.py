@@ -26,14 +26,14 @@ from jax import Array
 class Exponentials(NamedTuple):
     """Exponentials of a chunk's logits z relative to an offset per row; the label's column is left out everywhere.
 
-    Offsets are whole multiples of ln 2, o = `offset` ln 2 (`offset_rows.offset_and_rise`), or +inf.
+    Offsets are whole multiples of ln 2, o = `offset` ln 2 (`offset_rows.offset_and_excess`), or +inf.
 
     Attributes:
       E: [C, V], exp(z_j - o) times the softcap's slope, in the dtype of x; 0 in the label's column and in rows whose
         offset is +inf.
       n: [C], sum of exp(z_j - o), float32 and from float32 values.
       largest: [C], largest z_j - o, for the metrics and the fallback only; -inf in rows whose offset is +inf.
-      moment: [C], sum of exp(z_j - o) (z_j - o), for the metrics only.
+      moment: [C], sum of exp(z_j - o) (z_j - o + COMMON_RISE), for the metrics only.
     """
 
     E: Array

@@ -10,8 +10,8 @@ Two schedules of the two computing warpgroups:
     pingpong      each has its own output tile, and its own ring of operands: one takes exponentials while the other
                   multiplies. They hand the tensor cores to each other by a barrier.
 
-Tiles may stick out of the arrays at their ends: TMA reads zeros there and writes nothing. Columns have to be left out of
-sums only in tiles that do, or that hold a label's column: a table, made before, says which.
+Tiles may stick out of the arrays at their ends: TMA reads zeros there and writes nothing. Columns are left out of sums
+only in tiles that do, or that hold a label's column: a table, made before, says which.
 """
 
 import functools
@@ -29,7 +29,8 @@ from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
 from jaxchunk.lm_head.kernels import Exponentials
-from jaxchunk.lm_head.kernels.tiles import MosaicConfig, Tiles
+from jaxchunk.lm_head.kernels.tiles import MosaicConfig, Tiles, choose_config
+from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.varying import varying_alike
 
@@ -37,7 +38,6 @@ ROWS_MULTIPLE, WIDTH_MULTIPLE, COLUMNS_MULTIPLE = 8, 16, 16  # of C, D and V: wh
 
 _LOG2_E = math.log2(math.e)
 _SHARED_MEMORY_BYTES = 227 * 1024
-_COMBINE = jnp.add, jnp.maximum, jnp.add  # sums, maxima and moments of parts of a row
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
 
 
@@ -53,12 +53,12 @@ def exponentials(
     interpret: bool = False,
 ) -> Exponentials:
     """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write."""
-    config = config or MosaicConfig()
+    (C, D), V = x.shape, W.shape[0]
+    config = config or choose_config(C, D, V)
     if config.shared_memory_bytes > _SHARED_MEMORY_BYTES:
         raise ValueError(
             f"{config} takes {config.shared_memory_bytes} bytes of shared memory; there are {_SHARED_MEMORY_BYTES}"
         )
-    (C, D), V = x.shape, W.shape[0]
     if C % ROWS_MULTIPLE or D % WIDTH_MULTIPLE or V % COLUMNS_MULTIPLE:
         raise ValueError(
             f"C is {C}, D {D} and V {V}; they must be multiples of "
@@ -271,12 +271,13 @@ def _finish_tile(
 ) -> None:
     """Exponentials of a warpgroup's tile, stored; sums (and for the metrics maxima and moments) of its rows.
 
-    It goes on in steps of `store_n` columns, so that one's exponentials are taken while the one before is stored. With a
-    `label` no column is counted that is a label's or outside of V.
+    It goes on in steps of `store_n` columns, so that one's exponentials are taken while the one before is stored. With
+    a `label` no column is counted that is a label's or outside of V.
     """
     config = tiles.config
     E_ref, *parts_refs = out_refs
     part, own_rows = lax.div(n, jnp.int32(config.tile_n)), pl.ds(m, config.tile_m)
+    combines = (jnp.add, jnp.maximum, jnp.add)[: len(parts_refs)]
     parts: list[Array] = []
     for i in range(config.tile_n // config.store_n):
         start = n + i * config.store_n
@@ -293,8 +294,8 @@ def _finish_tile(
         e = jnp.exp2(exponent)
         new = [jnp.sum(e, axis=1)]
         if tiles.options.metrics:
-            new += [jnp.max(exponent, axis=1), jnp.sum(jnp.where(e > 0, e * exponent, 0.0), axis=1)]
-        parts = [combine(*pair) for combine, *pair in zip(_COMBINE, parts, new)] if parts else new
+            new += [jnp.max(exponent, axis=1), jnp.sum(jnp.where(e > 0, e * (exponent + COMMON_OCTAVES), 0.0), axis=1)]
+        parts = [combine(*pair) for combine, *pair in zip(combines, parts, new, strict=True)] if parts else new
         slot = E_smem.at[lax.axis_index("warpgroup"), i % config.store_slots]
         _store(e if slope is None else e * slope, E_ref.at[own_rows, pl.ds(start, config.store_n)], slot, config)
     for ref, value in zip(parts_refs, parts, strict=True):

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from jaxchunk.lm_head import offset_rows, rows
 from jaxchunk.lm_head.chunks import matmul
 from jaxchunk.lm_head.kernels import Exponentials
+from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES, COMMON_RISE
 from jaxchunk.lm_head.rows import RowCoefficients, RowOptions, RowStatistics
 
 
@@ -71,11 +72,13 @@ def exponentials(
     """`Exponentials` of a chunk; float32 logits may exist on the way."""
     raw = matmul(x, W, (1, 1), rows.statistics_dtype(x.dtype))
     z, slope = _transformed(raw, bias, options)
-    above = jnp.where(_is_label(raw, labels), -jnp.inf, offset_rows.above(z, offset[:, None]))
-    e = jnp.exp(above)
+    # Near 0, where float32 has more digits than at -40: powers of 2 scale exactly.
+    above = offset_rows.distance(z, offset[:, None] - COMMON_OCTAVES)
+    above = jnp.where(_is_label(raw, labels), -jnp.inf, above)
+    e = jnp.exp(above) * 2.0**-COMMON_OCTAVES
     largest = moment = None
     if options.metrics:
-        largest, moment = jnp.max(above, axis=1), jnp.sum(jnp.where(e > 0, e * above, 0), axis=1)
+        largest, moment = jnp.max(above, axis=1) - COMMON_RISE, jnp.sum(jnp.where(e > 0, e * above, 0), axis=1)
     E = e if slope is None else e * slope
     return Exponentials(E.astype(x.dtype), jnp.sum(e, axis=1), largest, moment)
 
