@@ -7,8 +7,8 @@ stays on its multiprocessor and works through output tiles in an order that keep
 Two schedules of the two computing warpgroups:
 
     cooperative   both work on one output tile, half of it each; tensor cores rest while exponentials are taken
-    pingpong      each has its own output tile, and its own ring of operands: one takes exponentials while the other
-                  multiplies. They hand the tensor cores to each other by a barrier.
+    pingpong      each has its own output tile: one takes exponentials while the other multiplies. They hand the tensor
+                  cores to each other by a barrier, and take their operands from one ring in turn.
 
 Tiles may stick out of the arrays at their ends: TMA reads zeros there and writes nothing. Columns are left out of sums
 only in tiles that do, or that hold a label's column: a table, made before, says which.
@@ -112,14 +112,14 @@ def _tiles_to_mask(labels: Array, V: int, columns: int, config: MosaicConfig) ->
 def _kernel(x_ref, W_ref, offset_ref, labels_ref, mask_ref, *refs, tiles: Tiles) -> None:  # type: ignore[no-untyped-def]
     bias_ref, out_refs = (refs[0], refs[1:]) if tiles.has_bias else (None, refs)
     config = tiles.config
-    (block_m, block_n), slots = config.block_tile, config.rings * config.stages
+    block_m, block_n = config.block_tile
 
     @functools.partial(
         pl.run_scoped,
-        x_smem=_shared((slots, block_m, config.tile_k), x_ref.dtype, tiles.D),
-        W_smem=_shared((slots, block_n, config.tile_k), W_ref.dtype, tiles.D),
+        x_smem=_shared((config.stages, block_m, config.tile_k), x_ref.dtype, tiles.D),
+        W_smem=_shared((config.stages, block_n, config.tile_k), W_ref.dtype, tiles.D),
         E_smem=_shared((2, config.store_slots, config.tile_m, config.store_n), out_refs[0].dtype, tiles.V),
-        filled=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+        filled=plgpu.Barrier(num_arrivals=2, num_barriers=config.barriers),
         drained=_drained_barrier(config),
         turns=plgpu.Barrier(num_barriers=2),
         collective_axes="warpgroup",
@@ -142,40 +142,38 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, mask_ref, *refs, tiles: Tiles)
 
 
 def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any, drained: Any, tiles: Tiles) -> None:
-    """The moving warpgroup: fills the rings, always `stages` steps ahead of who drains them."""
+    """The moving warpgroup: fills the ring, always `stages` steps ahead of who drains it."""
     config = tiles.config
     block_m, block_n = config.block_tile
 
     def load_tile(i: Array, _: None) -> None:
         m, n = tiles.at(i)
-        ring, visit = lax.rem(i, jnp.int32(config.rings)), lax.div(i, jnp.int32(config.rings))
 
         def load_step(k: Array, _: None) -> None:
-            count = visit * tiles.steps + k
-            slot, depth = tiles.slot(ring, count), pl.ds(k * config.tile_k, config.tile_k)
+            count = i * tiles.steps + k
+            slot, depth = tiles.slot(count), pl.ds(k * config.tile_k, config.tile_k)
 
             @pl.when(count >= config.stages)
             def _wait() -> None:
-                plgpu.barrier_wait(drained.at[slot])
+                plgpu.barrier_wait(drained.at[tiles.barrier(count - config.stages)])
 
             for ref, part, smem, shared_along in (
                 (x_ref, pl.ds(m, block_m), x_smem, "n"),
                 (W_ref, pl.ds(n, block_n), W_smem, "m"),
             ):
                 shared: Any = {"collective_axes": "cluster"} if config.cluster == shared_along else {}
-                plgpu.copy_gmem_to_smem(ref.at[part, depth], smem.at[slot], filled.at[slot], **shared)
+                plgpu.copy_gmem_to_smem(ref.at[part, depth], smem.at[slot], filled.at[tiles.barrier(count)], **shared)
 
         lax.fori_loop(0, tiles.steps, load_step, None)
 
     num_tiles = tiles.of_this_block()
     lax.fori_loop(0, num_tiles, load_tile, None)
-    for ring in range(config.rings):  # a barrier must not end in a phase that nobody waited for
-        count = lax.div(num_tiles + (config.rings - 1 - ring), jnp.int32(config.rings)) * tiles.steps
-        for slot in range(config.stages):
+    for back in range(config.stages, 0, -1):  # a barrier must not end in a phase that nobody waited for
+        count = num_tiles * tiles.steps - back
 
-            @pl.when(slot < count)
-            def _drain(slot: int = ring * config.stages + slot) -> None:
-                plgpu.barrier_wait(drained.at[slot])
+        @pl.when(count >= 0)
+        def _drain(count: Array = count) -> None:
+            plgpu.barrier_wait(drained.at[tiles.barrier(count)])
 
 
 def _compute(
@@ -205,7 +203,7 @@ def _compute(
         own_rows = pl.ds(m, config.tile_m)
         offset, label = (_load(ref.at[own_rows], plgpu.Layout.WGMMA.reduce(1)) for ref in (offset_ref, labels_ref))
         is_masked = mask_ref[lax.div(m, jnp.int32(config.tile_m)), lax.div(n, jnp.int32(config.tile_n))] > 0
-        raw = multiply(visit, i + 1 < num_tiles)
+        raw = multiply(i, i + 1 < num_tiles)
         lax.cond(
             is_masked,
             lambda: finish(m, n, offset, label, raw),
@@ -217,11 +215,10 @@ def _compute(
 
 
 def _product(
-    x_smem: Any, W_smem: Any, filled: Any, drained: Any, turns: Any, tiles: Tiles, visit: Array, more_follow: Array
+    x_smem: Any, W_smem: Any, filled: Any, drained: Any, turns: Any, tiles: Tiles, i: Array, more_follow: Array
 ) -> Float[Array, "tile_m tile_n"]:
     """A warpgroup's tile of x W^T, float32."""
     config, warpgroup = tiles.config, lax.axis_index("warpgroup")
-    ring = warpgroup if config.is_pingpong else 0
     own_rows: Any = slice(None)
     own_columns: Any = slice(None)
     if not config.is_pingpong and config.split == "m":
@@ -234,15 +231,15 @@ def _product(
             plgpu.barrier_wait(turns.at[warpgroup])
 
         def step(k: Array, _: None) -> None:
-            count = visit * tiles.steps + k
-            slot = tiles.slot(ring, count)
-            plgpu.barrier_wait(filled.at[slot])
+            count = i * tiles.steps + k
+            slot = tiles.slot(count)
+            plgpu.barrier_wait(filled.at[tiles.barrier(count)])
             plgpu.wgmma(accumulator, x_smem.at[slot, own_rows], W_smem.at[slot, own_columns].transpose((1, 0)))
             plgpu.wgmma_wait(1)
 
             @pl.when(k > 0)
             def _release() -> None:
-                plgpu.barrier_arrive(drained.at[tiles.slot(ring, count - 1)])
+                plgpu.barrier_arrive(drained.at[tiles.barrier(count - 1)])
 
         lax.fori_loop(0, tiles.steps, step, None)
         if config.is_pingpong:
@@ -252,7 +249,7 @@ def _product(
                 plgpu.barrier_arrive(turns.at[1 - warpgroup])
 
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(drained.at[tiles.slot(ring, visit * tiles.steps + tiles.steps - 1)])
+        plgpu.barrier_arrive(drained.at[tiles.barrier(i * tiles.steps + tiles.steps - 1)])
         return accumulator[...]
 
     return pl.run_scoped(accumulate, plgpu.ACC((config.tile_m, config.tile_n), jnp.float32))
@@ -334,10 +331,10 @@ def _interpreter() -> Any:
 
 def _drained_barrier(config: MosaicConfig) -> Any:
     """Where warpgroups say that they need a slot's operands no longer, to both blocks of a cluster."""
-    slots, warpgroups = config.rings * config.stages, 3 - config.rings
+    warpgroups = 1 if config.is_pingpong else 2
     if config.cluster is None:
-        return plgpu.Barrier(num_arrivals=warpgroups, num_barriers=slots)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=warpgroups, num_barriers=slots)
+        return plgpu.Barrier(num_arrivals=warpgroups, num_barriers=config.barriers)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=warpgroups, num_barriers=config.barriers)
 
 
 def _shared(shape: tuple[int, ...], dtype: Any, size: int) -> Any:

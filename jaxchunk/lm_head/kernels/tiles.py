@@ -22,7 +22,7 @@ class MosaicConfig:
       tile_m: rows of a computing warpgroup's tile, a multiple of 64.
       tile_n: columns of it, a multiple of `store_n` up to 256.
       tile_k: how much of D a step of the pipeline multiplies, a multiple of 64 (or 32, 16).
-      stages: steps for which a ring of operands has room.
+      stages: steps for which the ring of operands has room.
       store_n: columns that one TMA store writes.
       store_slots: stores that may be under way in a warpgroup.
       grid_minor: the dimension ("m" rows, "n" columns) that the order of tiles runs along within a stripe.
@@ -51,9 +51,9 @@ class MosaicConfig:
         return self.schedule == "pingpong"
 
     @property
-    def rings(self) -> int:
-        """Rings of operands in shared memory."""
-        return 2 if self.is_pingpong else 1
+    def barriers(self) -> int:
+        """How many are needed to say that a slot is filled, and to say that it is drained (`Tiles.barrier`)."""
+        return self.stages * (2 if self.is_pingpong else 1)
 
     @property
     def block_tile(self) -> tuple[int, int]:
@@ -71,7 +71,7 @@ class MosaicConfig:
     def shared_memory_bytes(self) -> int:
         """What operands and stores take of shared memory; a block has 227 KiB."""
         block_m, block_n = self.block_tile
-        operands = 2 * self.rings * self.stages * (block_m + block_n) * self.tile_k
+        operands = 2 * self.stages * (block_m + block_n) * self.tile_k
         return operands + 2 * 2 * self.store_slots * self.tile_m * self.store_n + 2048
 
 
@@ -93,11 +93,11 @@ def choose_config(C: int, D: int, V: int) -> MosaicConfig:
         the same with a cluster along rows                       1.304
         cooperative over columns, 128x128x64, 4 stages           1.236                   0.933
         cooperative, 64x256x64                                   1.302                   0.956
-        ping-pong, 128x128x64, 3 stages                          1.302 to 1.528          1.18 and more
+        ping-pong, 128x128x64, a ring of 3 stages for each       1.302 to 1.528          1.18 and more
 
-    (Since then the epilogue has become shorter.) Where D is small the epilogue shows, and all that counts beside it is
-    how often W comes from memory; where it is large, blocks of 128x256 read fewest operands from L2. The border between
-    the two was not measured.
+    (Since then the epilogue has become shorter, and the two rings of ping-pong one of 6 stages.) Where D is small the
+    epilogue shows, and all that counts beside it is how often W comes from memory; where it is large, blocks of 128x256
+    read fewest operands from L2. The border between the two was not measured.
     """
     config = _NARROW if D < _NARROW_BELOW else _WIDE
     _logger.info("lm_head_loss: exponentials of [%d, %d] x [%d, %d] with %s", C, D, V, D, config)
@@ -139,6 +139,16 @@ class Tiles:
         m, n = m * cluster_m, n * cluster_n
         return (m, n + within * block_n) if config.cluster == "n" else (m + within * block_m, n)
 
-    def slot(self, ring: Array | int, count: Array) -> Array:
-        """Where the `count`-th step of a ring lies in shared memory."""
-        return ring * self.config.stages + lax.rem(count, jnp.int32(self.config.stages))
+    def slot(self, count: Array) -> Array:
+        """Where the operands of this block's `count`-th step lie in shared memory."""
+        return lax.rem(count, jnp.int32(self.config.stages))
+
+    def barrier(self, count: Array) -> Array:
+        """The barrier of that slot for the warpgroup whose tile the step belongs to, if there is but one.
+
+        A warpgroup that skipped the other's phases of a barrier that they share could no longer tell one from the next.
+        """
+        if not self.config.is_pingpong:
+            return self.slot(count)
+        warpgroup = lax.rem(lax.div(count, jnp.int32(self.steps)), jnp.int32(2))
+        return warpgroup * self.config.stages + self.slot(count)
