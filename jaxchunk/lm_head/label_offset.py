@@ -169,32 +169,33 @@ def _exponentials(
         offset, excess = offset_rows.offset_and_excess(z_y, excess)
         E, n, largest, moment = config.exponentials(x, W, jnp.where(y >= 0, offset, jnp.inf), own, bias, options)
         if config.vocab_axes:
+            if largest is not None and moment is not None:
+                own_largest, largest = largest, lax.pmax(largest, config.vocab_axes)
+                moment = moment + jnp.where(n > 0, n * (own_largest - largest), 0)
             n, moment = lax.psum((n, moment), config.vocab_axes)
-            largest = None if largest is None else lax.pmax(largest, config.vocab_axes)
         return excess, Exponentials(E, n, largest, moment)
 
     options = config.row_options
     if row is not None:
         return at(row.excess, options)[1].E, row
     excess, first = at(jnp.zeros_like(z_y), options)
-    if (
-        first.largest is None
-    ):  # log n will do for it where n has not overflowed, and else a step to where maxima are taken
-        first = first._replace(largest=jnp.where(jnp.isinf(first.n), OVERFLOW_RISE, jnp.log(first.n)))
+    if first.largest is None:  # log n will do where n has not overflowed, and else a step to where maxima are taken
+        rise = jnp.where(jnp.isinf(first.n), OVERFLOW_RISE, jnp.log(first.n))
+        first = first._replace(largest=COMMON_RISE + rise)
 
     # A loop that hardly ever turns, where a `cond` would copy E on the way that is always taken.
     def again(state: tuple[Array, Exponentials]) -> tuple[Array, Exponentials]:
         excess, (_, n, largest, moment) = state
         assert largest is not None
-        excess, new = at(excess + jnp.where(n > LARGEST_SUM, largest, 0), dataclasses.replace(options, metrics=True))
+        rise = jnp.where(n > LARGEST_SUM, largest - COMMON_RISE, 0)
+        excess, new = at(excess + rise, dataclasses.replace(options, metrics=True))
         return excess, new if moment is not None else new._replace(moment=None)
 
     excess, (E, n, largest, moment) = lax.while_loop(
         lambda state: jnp.any(state[1].n > LARGEST_SUM), again, (excess, first)
     )
     assert largest is not None
-    above = largest + (COMMON_RISE + excess) if options.metrics else None
-    return E, OffsetStatistics(excess, n, z_y, z_mean, above, moment)
+    return E, OffsetStatistics(excess, n, z_y, z_mean, largest if options.metrics else None, moment)
 
 
 def _label_logits(

@@ -40,8 +40,8 @@ class OffsetStatistics(NamedTuple):
       n: sum of exp(z_j - z_y - c) over the columns that are not the label's.
       z_y: the label's logit; 0 in an ignored row.
       z_mean: mean of the logits, with label smoothing only.
-      largest: largest z_j - z_y over the columns that are not the label's, for the metrics only.
-      moment: sum of exp(z_j - z_y - c) (z_j - z_y - c + COMMON_RISE) over them, for the metrics only.
+      largest: largest z_j - z_y - excess over the columns that are not the label's, for the metrics only.
+      moment: sum of exp(z_j - z_y - c) (z_j - z_y - excess - largest) over them, for the metrics only.
     """
 
     excess: Array
@@ -89,10 +89,12 @@ def results(row: OffsetStatistics, options: RowOptions) -> RowResults:
         loss = loss + options.z_loss * lse**2
     correct = entropy = None
     if row.moment is not None and row.largest is not None:
-        correct = row.largest <= _TIE * (COMMON_RISE + jnp.abs(row.z_y))
+        correct = row.largest + row.excess <= _TIE * (COMMON_RISE + jnp.abs(row.z_y))
         label = _label(row)  # entropy: sum_j p_j (lse - z_j), the label's term apart
-        others = row.n * (cross_entropy - row.excess) - row.moment
-        entropy = (label * cross_entropy + others) / (row.n + label)
+        s = row.n + label
+        root = jnp.exp(-0.5 * row.largest)  # twice, for the whole might underflow
+        others = jnp.where(row.n > 0, row.n * jnp.log(s * root * 2.0**COMMON_OCTAVES * root), 0) - row.moment
+        entropy = (label * cross_entropy + others) / s
     return RowResults(loss, lse, correct, entropy)
 
 

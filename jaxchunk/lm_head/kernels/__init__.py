@@ -32,8 +32,9 @@ class Exponentials(NamedTuple):
       E: [C, V], exp(z_j - o) times the softcap's slope, in the dtype of x; 0 in the label's column and in rows whose
         offset is +inf.
       n: [C], sum of exp(z_j - o), float32 and from float32 values.
-      largest: [C], largest z_j - o, for the metrics and the fallback only; -inf in rows whose offset is +inf.
-      moment: [C], sum of exp(z_j - o) (z_j - o + COMMON_RISE), for the metrics only.
+      largest: [C], largest z_j - o + COMMON_RISE, for the metrics and the fallback only; -inf in rows whose offset is
+        +inf.
+      moment: [C], sum of exp(z_j - o) (z_j - o + COMMON_RISE - largest), for the metrics only.
     """
 
     E: Array

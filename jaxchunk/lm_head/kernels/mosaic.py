@@ -81,7 +81,7 @@ def exponentials(
     parts = out((grid_n * cluster_n // config.tile_n, grid_m * cluster_m), jnp.float32)
     cluster_size = 1 if config.cluster is None else 2
     tiles = Tiles(C, V, D, grid_m, grid_n, config, options, has_bias=bias is not None)
-    E, n, *maxima_and_moments = plgpu.kernel(
+    E, sums, *maxima_and_moments = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles),
         out_type=[out((C, V), x.dtype), *[parts] * (3 if options.metrics else 1)],
         grid=(min(2 if interpret else _num_multiprocessors() // cluster_size, grid_m * grid_n),),
@@ -94,11 +94,14 @@ def exponentials(
         interpret=_interpreter() if interpret else None,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
-    n = jnp.sum(n[:, :C], axis=0)
+    sums = sums[:, :C]
+    n = jnp.sum(sums, axis=0)
     if not options.metrics:
         return Exponentials(E, n, None, None)
-    maxima, moments = maxima_and_moments
-    return Exponentials(E, n, jnp.max(maxima[:, :C], axis=0) / _LOG2_E, jnp.sum(moments[:, :C], axis=0) / _LOG2_E)
+    maxima, moments = (parts[:, :C] for parts in maxima_and_moments)
+    largest = jnp.max(maxima, axis=0)
+    moment = jnp.sum(jnp.where(sums > 0, moments + sums * (maxima - largest[None]), 0), axis=0)
+    return Exponentials(E, n, (largest + COMMON_OCTAVES) / _LOG2_E, moment / _LOG2_E)
 
 
 def _tiles_to_mask(labels: Array, V: int, columns: int, config: MosaicConfig) -> Int[Array, "tiles_m tiles_n"]:
@@ -274,7 +277,6 @@ def _finish_tile(
     config = tiles.config
     E_ref, *parts_refs = out_refs
     part, own_rows = lax.div(n, jnp.int32(config.tile_n)), pl.ds(m, config.tile_m)
-    combines = (jnp.add, jnp.maximum, jnp.add)[: len(parts_refs)]
     parts: list[Array] = []
     for i in range(config.tile_n // config.store_n):
         start = n + i * config.store_n
@@ -291,12 +293,23 @@ def _finish_tile(
         e = jnp.exp2(exponent)
         new = [jnp.sum(e, axis=1)]
         if tiles.options.metrics:
-            new += [jnp.max(exponent, axis=1), jnp.sum(jnp.where(e > 0, e * (exponent + COMMON_OCTAVES), 0.0), axis=1)]
-        parts = [combine(*pair) for combine, *pair in zip(combines, parts, new, strict=True)] if parts else new
+            top = jnp.max(exponent, axis=1)
+            below = exponent - lax.broadcast_in_dim(top, exponent.shape, (0,))
+            new += [top, jnp.sum(jnp.where(e > 0, e * below, 0.0), axis=1)]
+        parts = _combined(parts, new) if parts else new
         slot = E_smem.at[lax.axis_index("warpgroup"), i % config.store_slots]
         _store(e if slope is None else e * slope, E_ref.at[own_rows, pl.ds(start, config.store_n)], slot, config)
     for ref, value in zip(parts_refs, parts, strict=True):
         ref[part, own_rows] = value
+
+
+def _combined(a: list[Array], b: list[Array]) -> list[Array]:
+    """Sums (and maxima, and moments about them) of two parts of each row."""
+    if len(a) == 1:
+        return [a[0] + b[0]]
+    top = jnp.maximum(a[1], b[1])
+    moments = [jnp.where(n > 0, moment + n * (own_top - top), 0.0) for n, own_top, moment in (a, b)]
+    return [a[0] + b[0], top, moments[0] + moments[1]]
 
 
 def _exponents(

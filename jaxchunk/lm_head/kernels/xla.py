@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from jaxchunk.lm_head import offset_rows, rows
 from jaxchunk.lm_head.chunks import matmul
 from jaxchunk.lm_head.kernels import Exponentials
-from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES, COMMON_RISE
+from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES
 from jaxchunk.lm_head.rows import RowCoefficients, RowOptions, RowStatistics
 
 
@@ -78,7 +78,8 @@ def exponentials(
     e = jnp.exp(above) * 2.0**-COMMON_OCTAVES
     largest = moment = None
     if options.metrics:
-        largest, moment = jnp.max(above, axis=1) - COMMON_RISE, jnp.sum(jnp.where(e > 0, e * above, 0), axis=1)
+        largest = jnp.max(above, axis=1)
+        moment = jnp.sum(jnp.where(e > 0, e * (above - largest[:, None]), 0), axis=1)
     E = e if slope is None else e * slope
     return Exponentials(E.astype(x.dtype), jnp.sum(e, axis=1), largest, moment)
 
