@@ -23,6 +23,7 @@ OPTIONS = ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"logit_softcap": 3.0, 
 
 some = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 implementations = pytest.mark.parametrize("implementation", ALL)
+without_fused = pytest.mark.parametrize("implementation", [i for i in ALL if i != "fused_xla"])  # for the time it takes
 
 
 def quarters(*shape: int) -> st.SearchStrategy[np.ndarray]:
@@ -126,7 +127,7 @@ def test_the_chunk_count_does_not_change_the_numbers(implementation, options):
     holds()
 
 
-@implementations
+@without_fused
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_tokens_in_another_order_have_the_same_losses(implementation, options):
     losses = compiled(implementation, reduction="none", **options)
@@ -156,7 +157,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(implementation, label_sm
     holds()
 
 
-@implementations
+@without_fused
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_sum_and_mean_are_those_of_the_token_losses(implementation, options):
     none, total, mean = (compiled(implementation, reduction=r, **options) for r in ("none", "sum", "mean"))
@@ -171,7 +172,7 @@ def test_sum_and_mean_are_those_of_the_token_losses(implementation, options):
     holds()
 
 
-@implementations
+@without_fused
 def test_token_weights_that_are_equal_change_no_mean_and_ones_no_loss(implementation):
     mean, none = compiled(implementation), compiled(implementation, reduction="none")
 
@@ -186,7 +187,7 @@ def test_token_weights_that_are_equal_change_no_mean_and_ones_no_loss(implementa
     holds()
 
 
-@implementations
+@without_fused
 @pytest.mark.parametrize(("name", "largest"), [("z_loss", 2.0), ("label_smoothing", 0.5)])
 def test_the_loss_is_linear_in_z_loss_and_label_smoothing(implementation, name, largest):
     zero, half, whole = (
@@ -204,7 +205,7 @@ def test_the_loss_is_linear_in_z_loss_and_label_smoothing(implementation, name, 
     holds()
 
 
-@implementations
+@without_fused
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_the_gradient_of_the_bias_sums_to_zero_without_z_loss(implementation, label_smoothing):
     """No constant added to the logits matters, so that the gradient has no component along it."""
@@ -233,7 +234,7 @@ def test_one_token(implementation):
     holds()
 
 
-@pytest.mark.parametrize("implementation", [i for i in ALL if i != "fused_xla"])  # "fused" has 16 columns or more
+@without_fused  # which has 16 columns or more
 def test_a_vocabulary_of_one_is_certain(implementation):
     loss_and_gradients = compiled(implementation, gradients=True, label_smoothing=0.1)
     z_loss = compiled(implementation, reduction="none", z_loss=0.5)
