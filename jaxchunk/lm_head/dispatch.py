@@ -19,6 +19,7 @@ Implementation = Literal["reference", "xla", "pallas", "pallas_interpret", "fuse
 FUSED = ("fused", "fused_xla", "fused_interpret")
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # devices of compute capability 9.0
 _FLOAT32_ONLY = "its statistics are float32 and the compute dtype is"
+_BFLOAT16_ONLY = "it multiplies bfloat16 and the compute dtype is"
 _logger = logging.getLogger("jaxchunk")
 
 
@@ -103,11 +104,19 @@ def rows_multiple(implementation: Implementation) -> int:
     return 8 if implementation in ("fused", "fused_interpret") else 1
 
 
-@functools.cache
 def exponentials(implementation: Implementation) -> Callable[..., Exponentials]:
     """The kernel of a fused implementation; the same object every time, so that jit caches hold."""
+    return _exponentials(implementation, on_hopper=implementation == "fused_interpret" or _is_hopper())
+
+
+@functools.cache
+def _exponentials(implementation: Implementation, *, on_hopper: bool) -> Callable[..., Exponentials]:
     if implementation == "fused_xla":
         return xla.exponentials
+    if not on_hopper:
+        from jaxchunk.lm_head.kernels import triton_gemm
+
+        return triton_gemm.exponentials
     from jaxchunk.lm_head.kernels import mosaic  # imported on demand: JAX 0.10 has not all that it needs
 
     return functools.partial(mosaic.exponentials, interpret=implementation == "fused_interpret")
@@ -176,10 +185,19 @@ def _fused_obstacle(platform: str, compute_dtype: jax.numpy.dtype, head: Head | 
     obstacle = _pallas_obstacle(platform, compute_dtype)
     if obstacle is not None:
         return obstacle
+    if _is_hopper():
+        return _mosaic_obstacle(compute_dtype, head)
     capability = _compute_capability()
-    if capability != "9.0":
-        return f"it needs compute capability 9.0 (Hopper) and this device has {capability or 'an unknown one'}"
-    return _mosaic_obstacle(compute_dtype, head)
+    if capability is not None and int(capability.split(".")[0]) < 8:
+        return f"it needs compute capability 8.0 (bfloat16) and this device has {capability}"
+    if compute_dtype != jax.numpy.bfloat16:
+        return f"{_BFLOAT16_ONLY} {compute_dtype}"
+    return _head_obstacle(head)
+
+
+def _is_hopper() -> bool:
+    """Whether the device has what the Mosaic GPU kernel is made of, and JAX what it is written in."""
+    return _compute_capability() == "9.0" and jax.version.__version_info__ >= (0, 11)
 
 
 def _named_fused_obstacle(
@@ -194,7 +212,7 @@ def _mosaic_obstacle(compute_dtype: jax.numpy.dtype, head: Head | None) -> str |
     if jax.version.__version_info__ < (0, 11):
         return f"it needs JAX 0.11 and this is {jax.__version__}"
     if compute_dtype != jax.numpy.bfloat16:
-        return f"it multiplies bfloat16 and the compute dtype is {compute_dtype}"
+        return f"{_BFLOAT16_ONLY} {compute_dtype}"
     if head is not None and (head.width % 16 or head.columns % 16):
         return f"D and V must be multiples of 16, and they are {head.width} and {head.columns} (on each device)"
     return _head_obstacle(head)

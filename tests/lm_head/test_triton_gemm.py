@@ -1,0 +1,117 @@
+"""The exponentials kernel for GPUs without wgmma: in JAX's interpreter, lowered for such GPUs, and where there is a GPU."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+from lm_head_oracle import assert_as_exact, oracle, problem, same_dtype_baseline, value_and_grads
+
+from jaxchunk import lm_head_loss
+from jaxchunk.lm_head import dispatch
+from jaxchunk.lm_head.kernels import triton_gemm, xla
+from jaxchunk.lm_head.kernels.triton_gemm import TritonTiles
+from jaxchunk.lm_head.rows import RowOptions
+
+SMALL = TritonTiles(tile_m=16, tile_n=32, tile_k=16, group=2)
+OPTIONS = {
+    "plain": {},
+    "scale": {"logit_scale": 0.7},
+    "metrics": {"metrics": True},
+    "softcap": {"softcap": 3.0},
+    "softcap and metrics": {"softcap": 3.0, "metrics": True, "logit_scale": 1.5},
+}
+without_wgmma = pytest.mark.parametrize("device", ["NVIDIA GeForce RTX 4090", "NVIDIA GB10", "NVIDIA A100"])
+
+
+def operands(C, D, V):
+    p = problem(C, D, V, jnp.bfloat16)
+    labels = jnp.where(p.labels >= 0, p.labels, -1)
+    offset = jnp.where(labels >= 0, jnp.round(jnp.linspace(-3.0, 3.0, C)), jnp.inf)
+    return p.hidden, p.weight, offset, labels
+
+
+def assert_same(found, expected):
+    np.testing.assert_allclose(found.E.astype(jnp.float32), expected.E.astype(jnp.float32), rtol=1e-2)
+    for value, wanted in zip(found[1:], expected[1:], strict=True):
+        if wanted is not None:
+            np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", [(37, 40, 97), (1, 7, 1)], ids=str)
+def test_exponentials_in_the_interpreter(shape, options, has_bias):
+    given, options = operands(*shape), RowOptions(shape[2], **options)
+    bias = jnp.linspace(-1.0, 1.0, shape[2]) if has_bias else None
+    found = triton_gemm.exponentials(*given, bias, options, config=SMALL, interpret=True)
+    assert_same(found, xla.exponentials(*given, bias, options))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_every_tile_is_somebody_s(group):
+    tiles = {tuple(map(int, triton_gemm._tile(jnp.int32(i), 5, 7, group))) for i in range(35)}
+    assert tiles == {(m, n) for m in range(5) for n in range(7)}
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "with_metrics": True}, {"reduction": "none"}], ids=str)
+def test_the_loss_over_it(monkeypatch, options):
+    kernel = functools.partial(triton_gemm.exponentials, config=SMALL, interpret=True)
+    monkeypatch.setattr(dispatch, "exponentials", lambda implementation: kernel)
+    p, cotangent = problem(37, 40, 97, jnp.bfloat16), 1.0
+    if options.get("reduction") == "none":
+        cotangent = np.linspace(-1.0, 2.0, 37)
+    result = value_and_grads(p, cotangent, num_chunks=3, implementation="fused_xla", **options)
+    exact, baseline = (f(p, cotangent, **options) for f in (oracle, same_dtype_baseline))
+    assert_as_exact(result, exact, baseline, jnp.bfloat16)
+
+
+def on(device):
+    abstract = AbstractDevice(device_kind=device, num_cores=48, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract))
+
+
+@without_wgmma
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 30.0, "with_metrics": True}, {"reduction": "none"}], ids=str)
+def test_fused_lowers_for_gpus_without_wgmma(device, options, caplog):
+    shapes, dtypes = ((500, 72), (1187, 72), (500,)), ("bfloat16", "float32", "int32")
+    given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    triton_gemm._log.cache_clear()
+
+    def loss(*xs):
+        result = lm_head_loss(*xs, num_chunks=2, implementation="fused", **options)
+        return jnp.sum(result[0] if options.get("with_metrics") else result)
+
+    with on(device), caplog.at_level(logging.INFO, "jaxchunk"):
+        gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        text = gradients.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert "jaxchunk_exponentials" in text and "triton" in text
+    assert "mosaic_gpu" not in text
+    assert "by Triton" in caplog.text
+
+
+@without_wgmma
+def test_it_takes_any_size_and_only_bfloat16(device):
+    head = dispatch.Head(67, 1187, 0, RowOptions(1187))
+    with on(device):
+        assert dispatch.choose_implementation("fused", head=head).implementation == "fused"
+        with pytest.raises(ValueError, match="it multiplies bfloat16 and the compute dtype is float32"):
+            dispatch.choose_implementation("fused", head=head, compute_dtype="float32")
+
+
+def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
+    monkeypatch.setattr(dispatch, "_compute_capability", lambda: "7.5")
+    with on("NVIDIA T4"), pytest.raises(ValueError, match=r"it needs compute capability 8.0 \(bfloat16\) and .* 7.5"):
+        dispatch.choose_implementation("fused", head=dispatch.Head(64, 128, 0, RowOptions(128)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", [(500, 200, 5003), (1024, 896, 16384)], ids=str)
+def test_exponentials_on_a_gpu(shape, options):
+    given, options = operands(*shape), RowOptions(shape[2], **options)
+    bias = jnp.linspace(-1.0, 1.0, shape[2])
+    assert_same(triton_gemm.exponentials(*given, bias, options), xla.exponentials(*given, bias, options))
