@@ -1,4 +1,4 @@
-"""The exponentials kernel for GPUs without wgmma: in JAX's interpreter, lowered for such GPUs, and where there is a GPU."""
+"""The exponentials kernel for GPUs without wgmma: in JAX's interpreter, lowered for such GPUs, and on a GPU."""
 
 import functools
 import logging

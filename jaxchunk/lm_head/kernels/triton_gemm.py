@@ -2,7 +2,8 @@
 
 What `mosaic.py` computes, with one program an output tile, operands read through pipelined loads and multiplied by
 warp-level tensor-core instructions. Programs run in groups of row tiles, so that a tile of W read by one is in the L2
-cache for the others of its group. Correct in JAX's interpreter, and lowered for CUDA by the tests; not measured on a GPU.
+cache for the others of its group. It is right in JAX's interpreter and lowers for CUDA in the tests; how fast it is on
+such a GPU has not been measured.
 """
 
 import dataclasses
