@@ -18,9 +18,17 @@ The fused implementation (`label_offset.py`) has one function of `x[C, D]`, `W[V
 
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
+
+from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES
+
+LOG2_E = math.log2(math.e)
 
 
 class Exponentials(NamedTuple):
@@ -41,3 +49,23 @@ class Exponentials(NamedTuple):
     n: Array
     largest: Array | None
     moment: Array | None
+
+
+def exponentials_of_parts(
+    E: Float[Array, "C V"], sums: Float[Array, "P C"], maxima_and_moments: Sequence[Float[Array, "P C"]]
+) -> Exponentials:
+    """Puts together what a kernel found of P parts of each row.
+
+    Args:
+      E: as in `Exponentials`.
+      sums: of exp(z_j - o) over each part.
+      maxima_and_moments: nothing without metrics; else the largest exponent of 2 of each part, and the sum of
+        exp(z_j - o) times how far its exponent of 2 lies below that.
+    """
+    n = jnp.sum(sums, axis=0)
+    if not maxima_and_moments:
+        return Exponentials(E, n, None, None)
+    maxima, moments = maxima_and_moments
+    largest = jnp.max(maxima, axis=0)
+    moment = jnp.sum(jnp.where(sums > 0, moments + sums * (maxima - largest[None]), 0), axis=0)
+    return Exponentials(E, n, (largest + COMMON_OCTAVES) / LOG2_E, moment / LOG2_E)

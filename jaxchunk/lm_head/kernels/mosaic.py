@@ -28,15 +28,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
-from jaxchunk.lm_head.kernels import Exponentials
+from jaxchunk.lm_head.kernels import LOG2_E, Exponentials, exponentials_of_parts
 from jaxchunk.lm_head.kernels.tiles import MosaicConfig, Tiles, choose_config
-from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.varying import varying_alike
 
 ROWS_MULTIPLE, WIDTH_MULTIPLE, COLUMNS_MULTIPLE = 8, 16, 16  # of C, D and V: what TMA and wgmma can lay out
 
-_LOG2_E = math.log2(math.e)
 _SHARED_MEMORY_BYTES = 227 * 1024
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
 
@@ -94,14 +92,7 @@ def exponentials(
         interpret=_interpreter() if interpret else None,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
-    sums = sums[:, :C]
-    n = jnp.sum(sums, axis=0)
-    if not options.metrics:
-        return Exponentials(E, n, None, None)
-    maxima, moments = (parts[:, :C] for parts in maxima_and_moments)
-    largest = jnp.max(maxima, axis=0)
-    moment = jnp.sum(jnp.where(sums > 0, moments + sums * (maxima - largest[None]), 0), axis=0)
-    return Exponentials(E, n, (largest + COMMON_OCTAVES) / _LOG2_E, moment / _LOG2_E)
+    return exponentials_of_parts(E, sums[:, :C], [parts[:, :C] for parts in maxima_and_moments])
 
 
 def _tiles_to_mask(labels: Array, V: int, columns: int, config: MosaicConfig) -> Int[Array, "tiles_m tiles_n"]:
@@ -318,10 +309,10 @@ def _exponents(
     """(z - o) log2 e, with the softcap's slope."""
     options = tiles.options
     if bias is None and options.softcap is None:
-        (z, slope), scale = (raw, None), options.logit_scale * _LOG2_E  # one multiply-add an element
+        (z, slope), scale = (raw, None), options.logit_scale * LOG2_E  # one multiply-add an element
     else:
         bias = None if bias is None else lax.broadcast_in_dim(bias, raw.shape, (1,))
-        (z, slope), scale = rows.transformed(raw, bias, options, _MATH), _LOG2_E
+        (z, slope), scale = rows.transformed(raw, bias, options, _MATH), LOG2_E
     return z * scale - lax.broadcast_in_dim(offset, raw.shape, (0,)), slope
 
 

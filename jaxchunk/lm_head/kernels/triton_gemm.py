@@ -9,7 +9,6 @@ such a GPU has not been measured.
 import dataclasses
 import functools
 import logging
-import math
 from typing import Any
 
 import jax
@@ -20,12 +19,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
-from jaxchunk.lm_head.kernels import Exponentials
-from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES
+from jaxchunk.lm_head.kernels import LOG2_E, Exponentials, exponentials_of_parts
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.varying import varying_alike
 
-_LOG2_E = math.log2(math.e)
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
 _logger = logging.getLogger("jaxchunk")
 
@@ -73,7 +70,7 @@ def exponentials(
     whole = [pl.BlockSpec(array.shape, lambda i, rank=array.ndim: (0,) * rank) for array in inputs]
     parts = (grid_n, C)
     out_shape = [out((C, V), x.dtype), *[out(parts, jnp.float32)] * (3 if options.metrics else 1)]
-    E, n, *maxima_and_moments = pl.pallas_call(
+    E, sums, *maxima_and_moments = pl.pallas_call(
         functools.partial(_kernel, shape=(C, V, D), config=config, options=options, has_bias=bias is not None),
         grid=(grid_m * grid_n,),
         in_specs=whole,
@@ -86,11 +83,7 @@ def exponentials(
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="jaxchunk_exponentials",
     )(*inputs)
-    n = jnp.sum(n, axis=0)
-    if not options.metrics:
-        return Exponentials(E, n, None, None)
-    maxima, moments = maxima_and_moments
-    return Exponentials(E, n, jnp.max(maxima, axis=0) / _LOG2_E, jnp.sum(moments, axis=0) / _LOG2_E)
+    return exponentials_of_parts(E, sums, maxima_and_moments)
 
 
 @functools.cache
@@ -121,16 +114,16 @@ def _kernel(  # type: ignore[no-untyped-def]
     bias = None if bias_ref is None else plgpu.load(bias_ref.at[columns], mask=column < V, other=0.0)[None, :]
 
     if bias is None and options.softcap is None:
-        (z, slope), scale = (raw, None), options.logit_scale * _LOG2_E  # one multiply-add an element
+        (z, slope), scale = (raw, None), options.logit_scale * LOG2_E  # one multiply-add an element
     else:
-        (z, slope), scale = rows.transformed(raw, bias, options, _MATH), _LOG2_E
+        (z, slope), scale = rows.transformed(raw, bias, options, _MATH), LOG2_E
     is_counted = (column[None, :] != label[:, None]) & (column < V)[None, :]
     exponent = jnp.where(is_counted, z * scale - offset[:, None], -jnp.inf)
     e = jnp.exp2(exponent)
     parts = [jnp.sum(e, axis=1)]
     if options.metrics:
-        moment = jnp.where(e > 0, e * jnp.where(e > 0, exponent + COMMON_OCTAVES, 0.0), 0.0)
-        parts += [jnp.max(exponent, axis=1), jnp.sum(moment, axis=1)]
+        top = jnp.max(exponent, axis=1)
+        parts += [top, jnp.sum(jnp.where(e > 0, e * (exponent - top[:, None]), 0.0), axis=1)]
     for ref, value in zip(parts_refs, parts, strict=True):
         plgpu.store(ref.at[n, own_rows], value, mask=row < C)
     stored = (e if slope is None else e * slope).astype(E_ref.dtype)
