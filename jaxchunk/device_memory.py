@@ -14,6 +14,8 @@ from jaxchunk import telemetry
 
 _logger = logging.getLogger("jaxchunk")
 _VARIABLE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the old name
+_SHARE_BESIDE_OTHERS = 0.5
 _USABLE = 0.94  # share of the allocator's limit; the rest goes to fragmentation and library workspaces
 _HOST_SHARE = 0.9  # of what is available; the rest is the operating system's
 
@@ -23,12 +25,20 @@ def is_unified() -> bool:
     return any(not device.has_own_memory() for device in telemetry.all_devices())
 
 
-def allocate_as_needed(environment: MutableMapping[str, str]) -> None:
-    """Turns JAX's preallocation off where memory is unified; to be called before JAX starts its back end.
+def allocate_as_needed(environment: MutableMapping[str, str], *, beside_others: bool = False) -> None:
+    """Keeps JAX from taking memory that others need; to be called before JAX starts its back end.
+
+    Where memory is unified, JAX's preallocation is turned off. Beside another library in this process it keeps to half
+    of the memory, in one piece: without preallocation it would take regions that double in size and are never joined
+    nor given back, so that twice what its programs need may not be enough for the next one.
 
     Args:
       environment: usually `os.environ`; a choice that is in it already stands.
+      beside_others: whether another library works on the GPU in this process.
     """
+    if beside_others and not any(name in environment for name in _SHARE_VARIABLES):
+        environment[_SHARE_VARIABLES[0]] = str(_SHARE_BESIDE_OTHERS)
+        _logger.info("%s=%s: the rest of the GPU's memory is for others", _SHARE_VARIABLES[0], _SHARE_BESIDE_OTHERS)
     if _VARIABLE not in environment and is_unified():
         environment[_VARIABLE] = "false"
         _logger.info("the GPU shares the host's memory: %s=false, so that JAX takes only what it needs", _VARIABLE)

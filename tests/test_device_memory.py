@@ -38,6 +38,18 @@ def test_the_users_choice_stands(machine):
     assert environment == {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 
 
+def test_beside_another_library_jax_keeps_to_half(machine):
+    for unified, off in ((True, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}), (False, {})):
+        machine(not unified)
+        environment = {}
+        device_memory.allocate_as_needed(environment, beside_others=True)
+        assert environment == off | {"XLA_CLIENT_MEM_FRACTION": "0.5"}
+    for choice in ({"XLA_CLIENT_MEM_FRACTION": "0.3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}):
+        environment = choice | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
+        device_memory.allocate_as_needed(environment, beside_others=True)
+        assert environment == choice | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
+
+
 def test_the_limit_is_what_the_host_can_spare(machine, monkeypatch):
     monkeypatch.setattr(device_memory, "available_bytes", lambda: 50 * 10**9)
     machine(False)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,18 +15,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from jaxchunk import device_memory, lm_head_loss, plotting
-from jaxchunk.bench import harness
+from jaxchunk.bench import accuracy, harness, peers
+from jaxchunk.bench.accuracy import Case
 from jaxchunk.bench.harness import BenchConfig, Benchmark
+from jaxchunk.bench.lm_head_summary import Program, summarize, table
 from jaxchunk.bench.protocol import Measurement, Variant
-from jaxchunk.bench.statistics import bootstrap_median, interval_of, ratios
 from jaxchunk.device_memory import compile_if_it_fits
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import choose_implementation
-from jaxchunk.plotting import FLOOR
+from jaxchunk.plotting import AUTODIFF, FLOOR
 from jaxchunk.run_dir import RunDirectory
 
 _logger = logging.getLogger("jaxchunk")
-AUTODIFF = "autodiff"
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "options": {"logit_softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1},  # and token_weights
@@ -35,6 +35,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dv": {"weight_layout": "dv"},
     "per_token": {"reduction": "none"},
 }
+_ABOUT_PEERS = (
+    "every call casts the float32 weight to {dtype}; the floor is given the cast one. Errors: relative norms against "
+    "float32 arithmetic on {tokens} tokens; confident labels are the argmax of logits x8."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,9 @@ class LMHeadBenchConfig(BenchConfig):
     cases: tuple[str, ...] = ("plain",)
     """How the loss is called: plain; options (softcap, z-loss, smoothing and token weights at once); metrics; bias
     (with its gradient); dv (a weight [D, V]); per_token (reduction "none"). Cases are compared with plain."""
+    peers: tuple[str, ...] = ()
+    """LM heads of others to measure beside ours: liger, cce, quack, torch_compile, torch_eager, or all (that can be
+    imported here). With any, the errors of loss and gradients are measured too, on 2048 tokens."""
     vocab_devices: int = 1
     """More than 1: also measure the plain case with the vocabulary sharded over so many GPUs."""
     dtype: str = "float32"
@@ -106,6 +113,7 @@ def validate(config: LMHeadBenchConfig) -> None:
             choose_implementation(implementation, compute_dtype=config.dtype)
         except ValueError as error:
             raise InputError(f"--implementations: {error}") from None
+    peers.check(config.peers)
 
 
 def run(config: LMHeadBenchConfig) -> None:
@@ -131,6 +139,8 @@ def run(config: LMHeadBenchConfig) -> None:
         directory.write_json("summary.json", rows)
         (directory.path / "table.md").write_text(table(rows) + "\n")
         lines = [table(rows)]
+        if config.peers:
+            lines.append(_ABOUT_PEERS.format(tokens=min(config.tokens, accuracy.MOST_TOKENS), dtype=config.dtype))
         if rows[0]["energy_null_reason"] is not None:
             lines.append(f"energy null: {rows[0]['energy_null_reason']}")
         return "\n".join([*lines, f"figure: {plotting.plot_lm_head(directory.path)}"])
@@ -139,38 +149,41 @@ def run(config: LMHeadBenchConfig) -> None:
     harness.run(Benchmark("lm-head", config, protocol, variants, report, num_devices=config.vocab_devices))
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled variant.
-
-    Attributes:
-      variant: its name and its call.
-      temporary_bytes: of its temporaries on one device (operands, loss and gradients not counted).
-      plain: name of the plain variant that it is compared with, or None.
-    """
-
-    variant: Variant
-    temporary_bytes: int
-    plain: str | None = None
-
-
 def compile_variants(config: LMHeadBenchConfig, limit_bytes: int | None) -> Iterator[Program]:
-    """Compiles floor, baseline and implementations; what does not fit in memory is left out with a word."""
+    """Compiles floor, baseline and implementations, then loads peers; what does not fit is left out with a word."""
     keys = jax.random.split(jax.random.key(config.seed), 3)
     dtype = jnp.dtype(config.dtype)
     hidden = jax.random.normal(keys[0], (config.tokens, config.width), dtype)
     weight = 0.02 * jax.random.normal(keys[1], (config.vocab, config.width))
     labels = jax.random.randint(keys[2], (config.tokens,), 0, config.vocab)
     operands = (hidden, weight, labels)
+    slices = accuracy.cases(*operands) if config.peers else None
     yield from _compile(FLOOR, three_gemms, (hidden, weight.astype(dtype)), limit_bytes)
-    yield from _compile(AUTODIFF, jax.value_and_grad(unchunked_loss, (0, 1)), operands, limit_bytes)
+    yield from _compile(AUTODIFF, jax.value_and_grad(unchunked_loss, (0, 1)), operands, limit_bytes, slices=slices)
+    yield from _ours(config, operands, limit_bytes, slices)
+    if slices is not None:
+        for peer in peers.load(config.peers, operands, slices):
+            variant = Variant(peer.name, peer.call)
+            yield Program(variant, peer.temporary_bytes, accuracy=peer.accuracy, is_peer=True)
+
+
+def _ours(
+    config: LMHeadBenchConfig,
+    operands: tuple[Array, Array, Array],
+    limit_bytes: int | None,
+    slices: Mapping[str, Case] | None,
+) -> Iterator[Program]:
+    """Implementations and chunk counts in all cases."""
     for implementation in config.implementations:
         for num_chunks in config.chunks if implementation != "reference" else (1,):
             plain = f"{implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
             fixed = {"implementation": implementation, "num_chunks": num_chunks}
             for case in config.cases:
                 name = plain if case == "plain" else f"{plain}, {case}"
-                yield from _compile(name, *_case(case, operands, fixed), limit_bytes, plain)
+                options: dict[str, Any] = {}
+                if case == "plain":
+                    options = {"slices": slices, "one_chunk": f"{implementation}, 1 chunk"}
+                yield from _compile(name, *_case(case, operands, fixed), limit_bytes, plain, **options)
             if config.vocab_devices > 1:
                 sharded, placed = _over_devices(config.vocab_devices, operands, fixed)
                 name = f"{plain}, vocabulary over {config.vocab_devices} GPUs"
@@ -193,57 +206,6 @@ def unchunked_loss(
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
     logits = jnp.matmul(hidden, weight.astype(hidden.dtype).T, precision=precision)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).astype(jnp.float32).mean()
-
-
-def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) -> list[dict[str, Any]]:
-    """One row a variant: medians with intervals, ratios to the floor and to autodiff (None where those are missing)."""
-    rows = []
-    for program in programs:
-        name = program.variant.name
-        own = [m for m in measurements if m.variant == name]
-        row: dict[str, Any] = {"variant": name, "temporary_bytes": program.temporary_bytes}
-        for field in ("time_s", "energy_j", "power_w", "power_w_std", "sm_clock_mhz"):
-            interval = interval_of(measurements, name, field)
-            row[field] = None if interval is None else interval._asdict()
-        for baseline, label in ((FLOOR, "floor"), (AUTODIFF, "autodiff"), (program.plain or "", "plain")):
-            for field, quantity in (("time_s", "time"), ("energy_j", "energy")):
-                relative = ratios(measurements, name, baseline, field)
-                row[f"{quantity}_over_{label}"] = bootstrap_median(relative)._asdict() if relative else None
-        bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
-        row["energy_bound_j"] = max(bounds) if bounds else None
-        row["energy_null_reason"] = next((m.energy_null_reason for m in own if m.energy_null_reason), None)
-        rows.append(row)
-    return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The summary as a Markdown table; an interval is the 95% bootstrap interval of the median."""
-    lines = [
-        "| variant | ms | time / GEMM floor | time / autodiff | time / plain | J | energy / GEMM floor | W "
-        "| temporaries, GB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [
-            row["variant"],
-            _cell(row["time_s"], 1e3, 2),
-            _cell(row["time_over_floor"], 1, 3, interval=True),
-            _cell(row["time_over_autodiff"], 1, 2),
-            _cell(row["time_over_plain"], 1, 3, interval=True),
-            _cell(row["energy_j"], 1, 2),
-            _cell(row["energy_over_floor"], 1, 3, interval=True),
-            _cell(row["power_w"], 1, 0),
-            f"{row['temporary_bytes'] / 1e9:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: dict[str, float] | None, scale: float, digits: int, *, interval: bool = False) -> str:
-    if value is None:
-        return "null"
-    median = f"{value['median'] * scale:.{digits}f}"
-    return f"{median} ({value['low'] * scale:.{digits}f} to {value['high'] * scale:.{digits}f})" if interval else median
 
 
 def _case(case: str, operands: tuple[Array, Array, Array], fixed: dict[str, Any]) -> tuple[Any, tuple[Array, ...]]:
@@ -279,12 +241,21 @@ def _over_devices(
 
 
 def _compile(
-    name: str, function: Any, arguments: tuple, limit_bytes: int | None, plain: str | None = None
+    name: str,
+    function: Any,
+    arguments: tuple[Array, ...],
+    limit_bytes: int | None,
+    plain: str | None = None,
+    *,
+    one_chunk: str | None = None,
+    slices: Mapping[str, Case] | None = None,
 ) -> Iterator[Program]:
-    compiled = compile_if_it_fits(lambda: jax.jit(function).lower(*arguments).compile(), limit_bytes)
+    jitted = jax.jit(function)
+    compiled = compile_if_it_fits(lambda: jitted.lower(*arguments).compile(), limit_bytes)
     if isinstance(compiled, str):
         _logger.warning("%s is left out: %s", name, compiled)
-    else:
-        program, memory = compiled
-        devices = tuple(range(len(arguments[0].sharding.device_set)))
-        yield Program(Variant(name, lambda: program(*arguments), devices), memory.temporary_bytes, plain)
+        return
+    program, memory = compiled
+    variant = Variant(name, lambda: program(*arguments), tuple(range(len(arguments[0].sharding.device_set))))
+    measured = None if slices is None else accuracy.measure(jitted, slices)
+    yield Program(variant, memory.temporary_bytes, plain, one_chunk, measured)

@@ -3,14 +3,16 @@
 Those that need the statistics of benchmarks are in `jaxchunk.bench.figures`.
 """
 
-from jaxchunk.plotting.lm_head import FLOOR, plot_lm_head
+from jaxchunk.plotting.lm_head import AUTODIFF, FLOOR, plot_lm_head, plot_multiples_of_floor
 from jaxchunk.plotting.training import plot_comparison, plot_training
 from jaxchunk.plotting.training_pair import plot_training_pair
 
 __all__ = [
+    "AUTODIFF",
     "FLOOR",
     "plot_comparison",
     "plot_lm_head",
+    "plot_multiples_of_floor",
     "plot_training",
     "plot_training_pair",
 ]
