@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from jaxchunk import plotting
-from jaxchunk.bench import figures
+from jaxchunk.bench import figures, lm_head_shapes
 from jaxchunk.errors import InputError, reported_errors
 from jaxchunk.training.comparison import comparison_table
 
@@ -20,7 +20,7 @@ class PlotConfig:
     """What to draw."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories that train.py, microbench.py, bench_training.py or bench_lm_head.py wrote."""
+    """Directories that train.py, microbench.py, bench_training.py, bench_lm_head.py or bench_peers.py wrote."""
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
                 print(*figures.plot_microbench(run), sep="\n")
             elif _is_training_pair(run):
                 print(plotting.plot_training_pair(run))
+            elif (run / "shapes.json").exists():
+                print(lm_head_shapes.report(run))
             elif (run / "records.jsonl").exists() and (run / "summary.json").exists():
                 print(plotting.plot_lm_head(run))
             else:

@@ -59,6 +59,25 @@ def test_bad_flags_end_with_a_line_and_status_2(tmp_path):
     assert status == 2 and err.strip().splitlines()[-1].startswith("error: --chunks is 0; give counts from 1")
 
 
+def test_peers_at_several_shapes(tmp_path):
+    path = tmp_path / "peers"
+    flags = ("--shapes", "64x16x97:1,2", "32x8x96:1", "--window_s", 0.02, "--settle_s", 0, "--out_dir", path, "--peers")
+    status, out, err = run("bench_peers.py", *flags, "--repeats", 1)
+    assert status == 0, err
+    assert "| 64x16x97 | xla, 2 chunks |" in out and "| 32x8x96 | xla, 1 chunk |" in out
+    assert len(records(path / "64x16x97")) == 4 and (path / "32x8x96" / "lm_head.png").exists()
+    status, out, err = run("bench_peers.py", *flags, "--repeats", 2, "--continue")
+    assert status == 0, err
+    assert len(records(path / "64x16x97")) == 8 and len(records(path / "32x8x96")) == 6
+    status, out, err = run("plot.py", path)
+    assert status == 0 and "shapes.png" in out, err
+
+
+def test_an_unknown_peer_ends_with_a_line_and_status_2():
+    status, _, err = run("bench_lm_head.py", "--peers", "apex")
+    assert status == 2 and err.strip().splitlines()[-1].startswith("error: --peers is apex; choose from all, liger, ")
+
+
 def test_training_pair(tmp_path):
     path = tmp_path / "pair"
     flags = ("--piece_s", 0.2, "--repeats", 2, "--batch_size", 2, "--seq_len", 32, "--data", "synthetic")
