@@ -90,6 +90,9 @@ def run(config: ShapesConfig) -> Path:
                 print(f"{shape.name} ...", flush=True)
                 if _measure(shape, config, directory.path) != 0:
                     failed.append(shape.name)
+        except KeyboardInterrupt:
+            print(f"interrupted: go on with the same flags and --continue --out_dir {directory.path}")
+            raise
         finally:
             print(report(directory.path))
     if failed:

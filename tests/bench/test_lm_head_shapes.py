@@ -148,5 +148,8 @@ def test_what_every_shape_is_asked(tmp_path, monkeypatch, capsys):
     flags = {"go_on": True, "implementations": ("xla",), "dtype": "bfloat16", "window_s": 2.0, "peers": ()}
     with pytest.raises(KeyboardInterrupt):
         lm_head_shapes.run(dataclasses.replace(config, shapes=("32x16x97:1",), **flags))
+    assert (
+        f"interrupted: go on with the same flags and --continue --out_dir {tmp_path / 'out'}" in capsys.readouterr().out
+    )
     words = " ".join(asked[-1])
     assert "--implementations xla --dtype bfloat16 --window_s 2.0 --continue" in words and "--peers" not in words
