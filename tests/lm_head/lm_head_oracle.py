@@ -21,6 +21,9 @@ CHUNKED = [
     *(pytest.param(name, marks=pytest.mark.gpu) for name in ("pallas", "fused")),
 ]
 ALL = ["reference", *CHUNKED]
+ALL_BUT_FUSED_XLA = [
+    i for i in ALL if i != "fused_xla"
+]  # for the time it takes, where test_label_offset.py has the like
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 

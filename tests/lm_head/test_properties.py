@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm_head_oracle import ALL, IGNORE, Problem
+from lm_head_oracle import ALL, ALL_BUT_FUSED_XLA, IGNORE, Problem
 
 from jaxchunk import lm_head_loss
 from jaxchunk.lm_head import token_log_probs
@@ -23,7 +23,7 @@ OPTIONS = ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"logit_softcap": 3.0, 
 
 some = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 implementations = pytest.mark.parametrize("implementation", ALL)
-without_fused = pytest.mark.parametrize("implementation", [i for i in ALL if i != "fused_xla"])  # for the time it takes
+without_fused = pytest.mark.parametrize("implementation", ALL_BUT_FUSED_XLA)
 
 
 def quarters(*shape: int) -> st.SearchStrategy[np.ndarray]:
@@ -112,7 +112,7 @@ def test_ignored_rows_may_hold_anything(implementation, reduction):
     holds()
 
 
-@implementations
+@without_fused
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_chunk_count_does_not_change_the_numbers(implementation, options):
     counts = [compiled(implementation, gradients=True, num_chunks=n, **options) for n in (1, 3, T)]
