@@ -6,34 +6,80 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
 
 
 def scan_chunks(
-    step: Callable[[Any, tuple], tuple[Any, Any]], carry: Any, chunk_rows: int, *arrays: Any
+    step: Callable[[Any, tuple], tuple[Any, Any]],
+    carry: Any,
+    chunk_rows: int,
+    *arrays: Any,
+    first_ahead: bool = False,
 ) -> tuple[Any, Any]:
-    """Runs `step` over chunks of rows; a last chunk is filled up with rows of label -1 and weight 0.
+    """Runs `step(carry, chunk) -> (carry, outputs)` over chunks of rows.
 
-    Filling up costs a copy of `hidden` (1/V of the logits' traffic); a second trace for the tail would cost a second
-    set of compiled kernels. With one chunk there is no loop at all.
+    A last chunk is filled up with rows of label -1 and weight 0: that costs a copy of `hidden` (1/V of the logits'
+    traffic), where a trace of its own for the tail would cost a second set of compiled kernels. With one chunk there is
+    no loop at all.
+
+    Args:
+      step: what is done to a chunk.
+      carry: for the first chunk.
+      chunk_rows: C.
+      *arrays: pytrees of arrays [T, ...].
+      first_ahead: run the first chunk before the loop, so that `carry` may be None: a dW is then written where it
+        would be added to zeros, which spares one write and one read of it for another set of compiled kernels.
+
+    Returns:
+      The last carry, and outputs [T, ...].
     """
     num_rows = arrays[0].shape[0]
     if chunk_rows == num_rows:
         return step(carry, arrays)
     num_chunks = -(-num_rows // chunk_rows)
 
-    def split(array: Array) -> Array:
+    def padded(array: Array) -> Array:
         fill = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
         padding = [(0, num_chunks * chunk_rows - num_rows)] + [(0, 0)] * (array.ndim - 1)
-        padded = jnp.pad(array, padding, constant_values=fill) if padding[0][1] else array
-        return padded.reshape(num_chunks, chunk_rows, *array.shape[1:])
+        return jnp.pad(array, padding, constant_values=fill) if padding[0][1] else array
 
-    chunks = jax.tree.map(split, arrays)
+    def whole(outputs: Any) -> Any:
+        return jax.tree.map(lambda a: a[:num_rows], outputs)
+
+    arrays = jax.tree.map(padded, arrays)
     if num_chunks == 1:
-        carry, outputs = step(carry, jax.tree.map(lambda a: a[0], chunks))
-        return carry, jax.tree.map(lambda a: a[:num_rows], outputs)
+        carry, outputs = step(carry, arrays)
+        return carry, whole(outputs)
+    if first_ahead:
+        carry, outputs = _first_ahead(step, carry, chunk_rows, num_chunks, arrays)
+        return carry, whole(outputs)
+    chunks = jax.tree.map(lambda a: a.reshape(num_chunks, chunk_rows, *a.shape[1:]), arrays)
     carry, outputs = lax.scan(step, carry, chunks)
-    return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_rows], outputs)
+    return carry, whole(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs))
+
+
+def _first_ahead(
+    step: Callable[[Any, tuple], tuple[Any, Any]], carry: Any, chunk_rows: int, num_chunks: int, arrays: Any
+) -> tuple[Any, Any]:
+    """The chunks in turn, the first before the loop over the others; outputs are put into place as they come."""
+
+    def chunk(i: Array | int) -> Any:
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * chunk_rows, chunk_rows), arrays)
+
+    def grown(output: Array) -> Array:
+        return jnp.pad(output, [(0, (num_chunks - 1) * chunk_rows)] + [(0, 0)] * (output.ndim - 1))
+
+    def body(state: tuple[Any, Any], i: Array) -> tuple[tuple[Any, Any], None]:
+        carry, outputs = state
+        carry, parts = step(carry, chunk(i))
+        put = lambda a, part: lax.dynamic_update_slice_in_dim(a, part, i * chunk_rows, 0)  # noqa: E731
+        return (carry, jax.tree.map(put, outputs, parts)), None
+
+    carry, outputs = step(carry, chunk(0))
+    # A loop over one chunk has to stay a loop too: unrolled, XLA holds two sets of logits and adds dW outside the GEMM.
+    with set_xla_metadata(**{"skip-simplify-while-loops_trip-count-one": "true"} if num_chunks == 2 else {}):
+        return lax.scan(body, (carry, jax.tree.map(grown, outputs)), jnp.arange(1, num_chunks))[0]
 
 
 def live_labels(hidden: Array, labels: Array, row_weight: Array) -> Array:

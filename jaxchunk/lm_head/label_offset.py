@@ -11,14 +11,15 @@ GEMM: its label's logit, one dot product of length D. One chunk of C tokens:
     dW  = dW + E^T (f * x)                    [V, D]  fp32 carry, accumulated inside the GEMM
 
 and after the loop dW[y] += h * x for all tokens. Logits are not stored and their gradients do not exist: E is written
-once and read twice. c = 40 serves rows whose loss is up to 90 nats; a chunk in which one has more has its exponentials
-computed again, that row's relative to a higher offset.
+once and read twice. c = 40 serves rows whose loss is up to 90 nats. Rows with more are set aside and gone through after
+the loop, relative to their largest logits; whether there are any is asked once, for all chunks.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -28,9 +29,11 @@ from jaxchunk.lm_head.chunks import added, live_labels, live_rows, matmul, own_l
 from jaxchunk.lm_head.differentiation import Types, Wanted
 from jaxchunk.lm_head.kernels import Exponentials
 from jaxchunk.lm_head.label_rows import add_label_rows
-from jaxchunk.lm_head.offset_rows import COMMON_RISE, LARGEST_SUM, OVERFLOW_RISE, OffsetStatistics
+from jaxchunk.lm_head.offset_rows import COMMON_RISE, LARGEST_SUM, OffsetStatistics
 from jaxchunk.lm_head.rows import RowOptions, RowResults
-from jaxchunk.lm_head.varying import varying_axes, varying_over
+from jaxchunk.lm_head.varying import varying_axes
+
+_ROWS_SET_ASIDE = 1024  # at most so many are gone through at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +80,17 @@ def _results(
     if config.weighted:
         labels = live_labels(hidden, labels, row_weight)
 
-    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[RowResults, OffsetStatistics]]:
+    def step(_: None, chunk: tuple[Array, Array], *, far: bool = False) -> tuple[None, tuple[Any, Array]]:
         x, y = chunk
         x = live_rows(x, y, config.compute_dtype)
         own = own_labels(y, W.shape[0], config.vocab_axes)
         z_y = _label_logits(config, x, W[own], bias, own)[0]
-        row = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x))[1]
-        return None, (offset_rows.results(row, config.row_options), row)
+        row, is_far = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x), far=far)[1:]
+        return None, ((offset_rows.results(row, config.row_options), row), is_far)
 
-    return scan_chunks(step, None, config.chunk_rows, hidden, labels)[1]
+    outputs, is_far = scan_chunks(step, None, config.chunk_rows, hidden, labels)[1]
+    results, row = _with_far_rows(step, None, outputs, is_far, config, hidden, labels)[1]
+    return _counted(results, is_far, config), row
 
 
 def _gradients(
@@ -110,35 +115,34 @@ def _gradients(
     if config.weighted:
         labels = live_labels(hidden, labels, row_weight)
 
-    def step(carry: tuple, chunk: tuple[Array, Array, Array, OffsetStatistics | None]) -> tuple[tuple, tuple]:
-        dW, db = carry
+    def step(
+        carry: tuple | None, chunk: tuple[Array, Array, Array, OffsetStatistics | None], *, far: bool = False
+    ) -> tuple[tuple, tuple[Any, Array]]:
+        dW, db = carry or (None, None)
         x, y, w, row = chunk
         x, own = live_rows(x, y, dtype), own_labels(y, W.shape[0], vocab_axes)
         W_y = W[own]
         z_y, slope = _label_logits(config, x, W_y, bias, own)
-        E, row = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x), row)
-        f, h, u = offset_rows.coefficients(row, w, options)
+        E, row, is_far = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x), row, far=far)
+        f, h, u = offset_rows.coefficients(row, jnp.where(is_far, 0, w), options)
         h = jnp.where(own >= 0, h if slope is None else h * slope, 0)
         dx = None
         if wanted.hidden:
             dx = f[:, None] * matmul(E, W, (1, 0), f.dtype) + h[:, None] * W_y.astype(f.dtype)
-            dx = (dx if W_sum is None or u is None else dx - u[:, None] * W_sum[None]).astype(dx_dtype)
+            dx = dx if W_sum is None or u is None else dx - u[:, None] * W_sum[None]
+            dx = jnp.where(is_far[:, None], 0, dx).astype(dx_dtype)  # 0 times a product that may have overflowed
         if wanted.weight:
             fx = jnp.where(y[:, None] >= 0, f[:, None] * x.astype(f.dtype), 0).astype(dtype)
             dW = added(dW, matmul(E, fx, (0, 0), config.accum_dtype))
         if wanted.bias:
             db = added(db, jnp.sum(E.astype(f.dtype) * f[:, None], axis=0, dtype=config.accum_dtype))
-        return (dW, db), (offset_rows.results(row, options), dx, h, u)
+        return (dW, db), ((offset_rows.results(row, options), dx, h, u), is_far)
 
-    carry: tuple[Array | None, ...] = (None, None)
-    if config.chunk_rows < hidden.shape[0]:
-        axes = varying_axes(hidden, weight, bias, labels, row_weight)
-        carry = tuple(
-            varying_over(jnp.zeros(shape, config.accum_dtype), axes) if is_wanted else None
-            for shape, is_wanted in ((W.shape, wanted.weight), (W.shape[:1], wanted.bias))
-        )
     operands = hidden, labels, row_weight, statistics
-    (dW, db), (results, dx, h, u) = scan_chunks(step, carry, config.chunk_rows, *operands)
+    carry, (outputs, is_far) = scan_chunks(step, None, config.chunk_rows, *operands, first_ahead=True)
+    if statistics is None:
+        carry, outputs = _with_far_rows(step, carry, outputs, is_far, config, *operands)
+    (dW, db), (results, dx, h, u) = carry, outputs
     own, x = own_labels(labels, W.shape[0], vocab_axes), live_rows(hidden, labels, dtype)
     if dW is not None:
         dW = add_label_rows(dW, own, h, x)
@@ -149,7 +153,40 @@ def _gradients(
     if db is not None:
         db = add_label_rows(db[:, None], own, h, jnp.ones_like(h)[:, None])[:, 0]
         db = (db if u is None else db - jnp.sum(u)) / options.logit_scale
-    return results, (dx, dW, db)
+    return _counted(results, is_far, config), (dx, dW, db)
+
+
+def _with_far_rows(
+    step: Callable[..., tuple[Any, tuple[Any, Array]]],
+    carry: Any,
+    outputs: Any,
+    is_far: Array,
+    config: LabelOffsetConfig,
+    *operands: Any,
+) -> tuple[Any, Any]:
+    """Carry and outputs when `step` has gone through the rows that were set aside, a block of them at a time.
+
+    A loop that hardly ever turns. It holds dW like the one over chunks, where a `cond` would copy it.
+    """
+    num_rows, block = is_far.size, min(_ROWS_SET_ASIDE, config.chunk_rows)
+
+    def gathered(array: Array, at: Array) -> Array:
+        fill = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
+        return array.at[at].get(mode="fill", fill_value=fill)
+
+    def again(state: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
+        carry, outputs, left = state
+        (at,) = jnp.nonzero(left, size=block, fill_value=num_rows)
+        carry, (found, _) = step(carry, jax.tree.map(lambda array: gathered(array, at), operands), far=True)
+        outputs = jax.tree.map(lambda whole, part: whole.at[at].set(part, mode="drop"), outputs, found)
+        return carry, outputs, left.at[at].set(False, mode="drop")
+
+    carry, outputs, _ = lax.while_loop(lambda state: jnp.any(state[2]), again, (carry, outputs, is_far))
+    return carry, outputs
+
+
+def _counted(results: RowResults, is_far: Array, config: LabelOffsetConfig) -> RowResults:
+    return results._replace(taken_twice=is_far) if config.row_options.metrics else results
 
 
 def _exponentials(
@@ -162,40 +199,37 @@ def _exponentials(
     z_y: Array,
     z_mean: Array | None,
     row: OffsetStatistics | None = None,
-) -> tuple[Array, OffsetStatistics]:
-    """E of a chunk with the statistics of its rows; taken as they are where they are known."""
+    *,
+    far: bool,
+) -> tuple[Array, OffsetStatistics, Array]:
+    """E of a chunk, the statistics of its rows (as they are where they are known), and which rows are to be set aside.
+
+    Rows that are set aside have finite entries in E, and an n that is as good as any. With `far` there are none: every
+    row is relative to its largest logit.
+    """
 
     def at(excess: Array, options: RowOptions) -> tuple[Array, Exponentials]:
         offset, excess = offset_rows.offset_and_excess(z_y, excess)
         E, n, largest, moment = config.exponentials(x, W, jnp.where(y >= 0, offset, jnp.inf), own, bias, options)
         if config.vocab_axes:
-            if largest is not None and moment is not None:
+            if largest is not None:
                 own_largest, largest = largest, lax.pmax(largest, config.vocab_axes)
-                moment = moment + jnp.where(n > 0, n * (own_largest - largest), 0)
+                if moment is not None:
+                    moment = moment + jnp.where(n > 0, n * (own_largest - largest), 0)
             n, moment = lax.psum((n, moment), config.vocab_axes)
         return excess, Exponentials(E, n, largest, moment)
 
-    options = config.row_options
+    options, excess, none = config.row_options, jnp.zeros_like(z_y), jnp.zeros(y.shape, bool)
     if row is not None:
-        return at(row.excess, options)[1].E, row
-    excess, first = at(jnp.zeros_like(z_y), options)
-    if first.largest is None:  # log n will do where n has not overflowed, and else a step to where maxima are taken
-        rise = jnp.where(jnp.isinf(first.n), OVERFLOW_RISE, jnp.log(first.n))
-        first = first._replace(largest=COMMON_RISE + rise)
-
-    # A loop that hardly ever turns, where a `cond` would copy E on the way that is always taken.
-    def again(state: tuple[Array, Exponentials]) -> tuple[Array, Exponentials]:
-        excess, (_, n, largest, moment) = state
-        assert largest is not None
-        rise = jnp.where(n > LARGEST_SUM, largest - COMMON_RISE, 0)
-        excess, new = at(excess + rise, dataclasses.replace(options, metrics=True))
-        return excess, new if moment is not None else new._replace(moment=None)
-
-    excess, (E, n, largest, moment) = lax.while_loop(
-        lambda state: jnp.any(state[1].n > LARGEST_SUM), again, (excess, first)
-    )
-    assert largest is not None
-    return E, OffsetStatistics(excess, n, z_y, z_mean, largest if options.metrics else None, moment)
+        return at(row.excess, options)[1].E, row, none
+    if far:
+        excess, first = at(excess, dataclasses.replace(options, metrics=True))
+        assert first.largest is not None
+        excess = jnp.where(y >= 0, excess + (first.largest - COMMON_RISE), 0)
+    excess, (E, n, largest, moment) = at(excess, options)
+    is_far = none if far else n > LARGEST_SUM
+    n = jnp.where(is_far, 1, n)
+    return E, OffsetStatistics(excess, n, z_y, z_mean, largest, moment), is_far
 
 
 def _label_logits(

@@ -5,11 +5,11 @@ whose rows go on over blocks has its parts brought together by a second, small G
 the scatter has no index twice.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
-
-_BLOCK = 128
 
 
 def add_label_rows(
@@ -17,17 +17,18 @@ def add_label_rows(
 ) -> Float[Array, "V D"]:
     """`total[y_t] += factors_t x_t` for all t whose label is not -1; in the dtype of `total`."""
     T, D = x.shape
-    num_blocks = -(-T // _BLOCK)
-    fill = (0, num_blocks * _BLOCK - T)
+    block = _block(T)
+    num_blocks = -(-T // block)
+    fill = (0, num_blocks * block - T)
     labels = jnp.pad(jnp.where(labels < 0, total.shape[0], labels), fill, constant_values=total.shape[0])
     order = jnp.argsort(labels, stable=True)
-    y = labels[order].reshape(num_blocks, _BLOCK)
-    ordered = x.at[order].get(mode="fill", fill_value=0).reshape(num_blocks, _BLOCK, D).astype(total.dtype)
-    scale = factors.astype(total.dtype).at[order].get(mode="fill", fill_value=0).reshape(num_blocks, _BLOCK)
+    y = labels[order].reshape(num_blocks, block)
+    ordered = x.at[order].get(mode="fill", fill_value=0).reshape(num_blocks, block, D).astype(total.dtype)
+    scale = factors.astype(total.dtype).at[order].get(mode="fill", fill_value=0).reshape(num_blocks, block)
 
     is_first = jnp.concatenate([jnp.ones((num_blocks, 1), bool), y[:, 1:] != y[:, :-1]], axis=1)
     place = jnp.cumsum(is_first, axis=1) - 1  # of a row's label among those of its block
-    member = place[:, None, :] == lax.broadcasted_iota(place.dtype, (1, _BLOCK, 1), 1)
+    member = place[:, None, :] == lax.broadcasted_iota(place.dtype, (1, block, 1), 1)
     sums = jnp.einsum("bpt,btd->bpd", jnp.where(member, scale[:, None, :], 0), ordered, precision="highest")
     label_of = jnp.max(jnp.where(member, y[:, None, :], -1), axis=2)  # [block, place], -1 where there is none
 
@@ -46,3 +47,8 @@ def add_label_rows(
     nowhere = total.shape[0] + 1 + jnp.arange(label_of.size).reshape(label_of.shape)
     rows = jnp.where((label_of < 0) | (label_of >= total.shape[0]), nowhere, label_of)
     return total.at[rows.reshape(-1)].add(sums.reshape(-1, D), mode="drop", unique_indices=True)
+
+
+def _block(T: int) -> int:
+    """Rows in a block, for the fewest operations: T per row within blocks, (T / block)^2 between them."""
+    return max(8, 1 << round(math.log2(2 * T) / 3))

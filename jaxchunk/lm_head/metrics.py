@@ -20,6 +20,8 @@ class LMHeadMetrics(NamedTuple):
       mean_lse: mean log-sum-exp of the logits.
       z_loss: mean of `z_loss * lse^2`.
       mean_entropy: mean entropy of the softmax, in nats.
+      num_taken_twice: tokens of a loss above about 90 nats whose exponentials the fused implementations took again; 0
+        with the others.
     """
 
     num_valid_tokens: Int[Array, ""]
@@ -27,6 +29,7 @@ class LMHeadMetrics(NamedTuple):
     mean_lse: Float[Array, ""]
     z_loss: Float[Array, ""]
     mean_entropy: Float[Array, ""]
+    num_taken_twice: Int[Array, ""]
 
 
 def metrics_of(
@@ -39,14 +42,21 @@ def metrics_of(
         return lax.psum(local, token_axes) if token_axes else local
 
     count = total(valid.astype(jnp.int32))
-    lse = results.lse
+    lse, taken_twice = results.lse, results.taken_twice
+    if taken_twice is None:
+        taken_twice = jnp.zeros_like(valid)
     assert results.entropy is not None and results.correct is not None
+
+    def mean(values: Array) -> Array:
+        return total(values) / jnp.maximum(count, 1).astype(lse.dtype)
+
     return LMHeadMetrics(
         count,
-        *(
-            total(values) / jnp.maximum(count, 1).astype(lse.dtype)
-            for values in (results.correct.astype(lse.dtype), lse, z_loss * lse**2, results.entropy)
-        ),
+        accuracy=mean(results.correct.astype(lse.dtype)),
+        mean_lse=mean(lse),
+        z_loss=mean(z_loss * lse**2),
+        mean_entropy=mean(results.entropy),
+        num_taken_twice=total(taken_twice.astype(jnp.int32)),
     )
 
 

@@ -25,7 +25,7 @@ from jaxchunk.lm_head.rows import RowOptions, RowResults
 COMMON_OCTAVES = 58  # powers of 2
 COMMON_RISE = COMMON_OCTAVES * math.log(2.0)
 LARGEST_SUM = math.exp(50.0)  # of n
-OVERFLOW_RISE = 85.0  # on top of c where n has overflowed
+LARGEST_STORED = 2.0**127  # of E: bfloat16 has it, and 0 times it is 0
 _LN2_HIGH = 355.0 / 512.0  # times a whole number below 2^15 it is a float32
 _LN2_LOW = math.log(2.0) - _LN2_HIGH
 _LARGEST_FACTOR = 1e17  # times 2^58 e it is a float32

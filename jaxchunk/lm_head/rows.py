@@ -76,12 +76,14 @@ class RowResults(NamedTuple):
       lse: log-sum-exp of the logits.
       correct: bool, whether no logit is larger than the label's; None if not wanted.
       entropy: of the softmax, in nats; None if not wanted.
+      taken_twice: bool, whether exponentials were taken again for a great loss; None if not wanted, or never done.
     """
 
     loss: Array
     lse: Array
     correct: Array | None
     entropy: Array | None
+    taken_twice: Array | None = None
 
 
 class RowCoefficients(NamedTuple):

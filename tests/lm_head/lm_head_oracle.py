@@ -98,7 +98,8 @@ def value_and_grads(p: Problem, cotangent=1.0, *, frozen: tuple[str, ...] = (), 
     assert jax.tree.map(lambda a: a.dtype, gradients) == jax.tree.map(lambda a: a.dtype, operands)
     if metrics is not None:
         assert metrics.num_valid_tokens.dtype == jnp.int32
-        metrics = Metrics(**metrics._asdict())
+        assert metrics.num_taken_twice == 0 or options["implementation"].startswith("fused")
+        metrics = Metrics(*(getattr(metrics, name) for name in Metrics._fields))
     dx, dW, others = gradients
     return _float64(Result(loss, dx, dW, others.get("bias"), others.get("token_weights"), metrics))
 

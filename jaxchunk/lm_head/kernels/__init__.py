@@ -37,11 +37,10 @@ class Exponentials(NamedTuple):
     Offsets are whole multiples of ln 2, o = `offset` ln 2 (`offset_rows.offset_and_excess`), or +inf.
 
     Attributes:
-      E: [C, V], exp(z_j - o) times the softcap's slope, in the dtype of x; 0 in the label's column and in rows whose
-        offset is +inf.
+      E: [C, V], exp(z_j - o), at most LARGEST_STORED, times the softcap's slope, in the dtype of x; 0 in the label's
+        column and in rows whose offset is +inf.
       n: [C], sum of exp(z_j - o), float32 and from float32 values.
-      largest: [C], largest z_j - o + COMMON_RISE, for the metrics and the fallback only; -inf in rows whose offset is
-        +inf.
+      largest: [C], largest z_j - o + COMMON_RISE, for the metrics and far rows only; -inf in rows whose offset is +inf.
       moment: [C], sum of exp(z_j - o) (z_j - o + COMMON_RISE - largest), for the metrics only.
     """
 

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from jaxchunk.lm_head import rows
 from jaxchunk.lm_head.kernels import LOG2_E, Exponentials, exponentials_of_parts
 from jaxchunk.lm_head.kernels.tiles import MosaicConfig, Tiles, choose_config
+from jaxchunk.lm_head.offset_rows import LARGEST_STORED
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.varying import varying_alike
 
@@ -288,6 +289,7 @@ def _finish_tile(
             below = exponent - lax.broadcast_in_dim(top, exponent.shape, (0,))
             new += [top, jnp.sum(jnp.where(e > 0, e * below, 0.0), axis=1)]
         parts = _combined(parts, new) if parts else new
+        e = jnp.minimum(e, LARGEST_STORED)
         slot = E_smem.at[lax.axis_index("warpgroup"), i % config.store_slots]
         _store(e if slope is None else e * slope, E_ref.at[own_rows, pl.ds(start, config.store_n)], slot, config)
     for ref, value in zip(parts_refs, parts, strict=True):

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
 from jaxchunk.lm_head.kernels import LOG2_E, Exponentials, exponentials_of_parts
+from jaxchunk.lm_head.offset_rows import LARGEST_STORED
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.varying import varying_alike
 
@@ -126,6 +127,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         parts += [top, jnp.sum(jnp.where(e > 0, e * (exponent - top[:, None]), 0.0), axis=1)]
     for ref, value in zip(parts_refs, parts, strict=True):
         plgpu.store(ref.at[n, own_rows], value, mask=row < C)
+    e = jnp.minimum(e, LARGEST_STORED)
     stored = (e if slope is None else e * slope).astype(E_ref.dtype)
     plgpu.store(E_ref, stored, mask=(row < C)[:, None] & (column < V)[None, :])
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from jaxchunk.lm_head import offset_rows, rows
 from jaxchunk.lm_head.chunks import matmul
 from jaxchunk.lm_head.kernels import Exponentials
-from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES
+from jaxchunk.lm_head.offset_rows import COMMON_OCTAVES, LARGEST_STORED
 from jaxchunk.lm_head.rows import RowCoefficients, RowOptions, RowStatistics
 
 
@@ -80,7 +80,8 @@ def exponentials(
     if options.metrics:
         largest = jnp.max(above, axis=1)
         moment = jnp.sum(jnp.where(e > 0, e * (above - largest[:, None]), 0), axis=1)
-    E = e if slope is None else e * slope
+    E = jnp.minimum(e, LARGEST_STORED)
+    E = E if slope is None else E * slope
     return Exponentials(E.astype(x.dtype), jnp.sum(e, axis=1), largest, moment)
 
 
