@@ -70,7 +70,7 @@ def test_from_flags_to_the_table(tmp_path, capsys):
     other = {"kernel": "mosaic", "device": "NVIDIA Fake", "C": 1024, "D": 64, "V": 4096, "config": {"stages": 2}}
     older = other | {"kernel": "triton_gemm", "config": {}}
     rest = {"milliseconds": 1.5, "over_cublas": 1.5, "jax_version": "0.11.2", "date": "2026-01-01"}
-    table.write_text(json.dumps([other | rest, older | rest]))
+    table.write_text(json.dumps([older | rest, other | rest]))
     machine = fake(evaluate=lambda c: "wrong: sums off" if c == WRONG else None)
     assert tune_kernels.run(config(path, write_table=str(table)), machine) == path
     printed = capsys.readouterr().out

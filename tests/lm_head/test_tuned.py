@@ -48,13 +48,14 @@ def test_the_table_of_the_package_can_be_used_whole():
     assert len(set(cases)) == len(cases)
 
 
-def test_narrow_and_wide_shapes_have_their_own(monkeypatch):
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    by_width = {one.D: config_of(MosaicConfig, one.config) for one in read_table(tuned.SHIPPED).entries}
+def test_the_width_counts_more_than_the_number_of_tiles(own_table):
+    own_table(entry(C=8192, D=896, V=151936, config={"stages": 2}), entry(D=4096, V=128256, config={"stages": 3}))
     for C in (1024, 8192, 65536):
         for V in (32000, 151936, 256000):
-            assert tiles.choose_config(C, 896, V) == by_width[896]
-            assert tiles.choose_config(C, 4096, V) == by_width[4096]
+            for D in (896, 1536):
+                assert mosaic(C, D, V).stages == 2
+            for D in (3584, 8192):
+                assert mosaic(C, D, V).stages == 3
 
 
 def test_the_nearest_entry_of_the_device_is_chosen(own_table):
@@ -71,6 +72,13 @@ def test_the_nearest_entry_of_the_device_is_chosen(own_table):
     assert mosaic(512, 2048, 10000).grid_width != 5  # another device's, however near
     assert mosaic(512, 2048, 10000, "GPU B").grid_width == 5
     assert mosaic(512, 2048, 10000, "GPU C").grid_width == 5  # none of its own: any device's
+
+
+def test_a_device_without_entries_takes_those_of_the_package(monkeypatch):
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    for one in read_table(tuned.SHIPPED).entries:
+        if one.kernel == "mosaic":
+            assert tiles.choose_config(one.C, one.D, one.V) == config_of(MosaicConfig, one.config)
 
 
 def test_of_equals_the_user_s_goes_first(own_table):
