@@ -18,7 +18,7 @@ _PACKAGES = (
     *("jax", "jaxlib", "numpy", "optax", "grain", "tokenizers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
     *("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),  # bench/peers.py
 )
-_VARIABLES = ("XLA_", "JAX_", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
+_VARIABLES = ("XLA_", "JAX_", "JAXCHUNK_", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
 
 
 def describe_environment(device_details: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -65,10 +65,10 @@ def _git(*arguments: str) -> str:
 
 
 def source_sha256() -> str:
-    """Digest of the package's source files: says which code ran also where there is no checkout."""
+    """Digest of the package's source files and tables: says what ran also where there is no checkout."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(path for pattern in ("*.py", "*.json") for path in package.rglob(pattern)):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -21,7 +21,9 @@ def test_the_digest_follows_the_source(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
     before = environment.source_sha256()
     (tmp_path / "environment.py").write_text("a = 2\n")
-    assert environment.source_sha256() != before
+    changed = environment.source_sha256()
+    (tmp_path / "table.json").write_text("[]")
+    assert len({before, changed, environment.source_sha256()}) == 3
 
 
 def test_the_commit_is_that_of_our_own_checkout_or_none(tmp_path, monkeypatch):

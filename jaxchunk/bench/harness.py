@@ -27,7 +27,19 @@ RECORDS = "records.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class OutputConfig:
+    """Where a run writes to."""
+
+    out_dir: str | None = None
+    """Where records, table and figures go. Default: a new directory under runs/."""
+    overwrite: bool = False
+    """Replace a run that out_dir holds."""
+    go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
+    """Go on with the interrupted run that out_dir holds: what was measured is kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig(OutputConfig):
     """What every benchmark can be told."""
 
     repeats: int = 5
@@ -36,14 +48,8 @@ class BenchConfig:
     """Longest time, in seconds, to bring the GPU to the common temperature before a window. 0: do not look at it."""
     seed: int = 0
     """Seed of the operands and of the order."""
-    out_dir: str | None = None
-    """Where records, table and figures go. Default: a new directory under runs/."""
     record_telemetry: bool = False
     """Keep every reading of the telemetry in telemetry-readings-*.jsonl, for `telemetry.Monitor.replay`."""
-    overwrite: bool = False
-    """Replace a run that out_dir holds."""
-    go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
-    """Go on with the interrupted run that out_dir holds: what was measured is kept."""
 
 
 def protocol_of(config: BenchConfig, **details: Any) -> Protocol:
@@ -71,8 +77,26 @@ def check_common(config: BenchConfig) -> None:
         raise InputError(f"--repeats is {config.repeats}; it must be at least 1")
     if not 0 <= config.settle_s < math.inf:
         raise InputError(f"--settle_s is {config.settle_s}; it must be at least 0, and finite")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed is {config.seed}; it must be from 0 to {2**32 - 1}")
+    check_seed(config.seed)
+    check_output(config)
+
+
+def check_seed(seed: int) -> None:
+    """Refuses seeds that JAX does not take.
+
+    Raises:
+      InputError: it is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed is {seed}; it must be from 0 to {2**32 - 1}")
+
+
+def check_output(config: OutputConfig) -> None:
+    """Refuses flags that contradict each other.
+
+    Raises:
+      InputError: naming them.
+    """
     if config.go_on and config.out_dir is None:
         raise InputError("--continue needs --out_dir: the directory of the run to go on with")
     if config.go_on and config.overwrite:
@@ -115,10 +139,10 @@ def run(benchmark: Benchmark) -> RunDirectory:
     directory = RunDirectory(path, overwrite=config.overwrite, go_on=config.go_on)
     if directory.goes_on:
         _check_same(directory, benchmark)
-    with _memory_errors():
+    with memory_errors():
         variants = benchmark.variants()
     with directory:
-        with _memory_errors(), _watching(directory, benchmark) as monitor:
+        with memory_errors(), _watching(directory, benchmark) as monitor:
             done = read_measurements(directory.path)
             interrupted = _measure_all(benchmark, variants, monitor, directory, done)
         measurements = read_measurements(directory.path)
@@ -137,7 +161,7 @@ def run(benchmark: Benchmark) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """One line where the device refuses memory, of which another program may hold some."""
     try:
         yield

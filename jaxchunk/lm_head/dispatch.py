@@ -7,12 +7,14 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.extend
+from jax.sharding import AbstractDevice
 from jax.typing import DTypeLike
 
 from jaxchunk.lm_head.chunked import RowKernels
 from jaxchunk.lm_head.kernels import Exponentials, xla
 from jaxchunk.lm_head.rows import RowOptions
 from jaxchunk.lm_head.sharding import Placement
+from jaxchunk.lm_head.target import target_device
 
 Implementation = Literal["reference", "xla", "pallas", "pallas_interpret", "fused", "fused_xla", "fused_interpret"]
 
@@ -106,7 +108,7 @@ def rows_multiple(implementation: Implementation) -> int:
 
 def exponentials(implementation: Implementation) -> Callable[..., Exponentials]:
     """The kernel of a fused implementation; the same object every time, so that jit caches hold."""
-    return _exponentials(implementation, on_hopper=implementation == "fused_interpret" or _is_hopper())
+    return _exponentials(implementation, on_hopper=implementation == "fused_interpret" or is_hopper())
 
 
 @functools.cache
@@ -185,7 +187,7 @@ def _fused_obstacle(platform: str, compute_dtype: jax.numpy.dtype, head: Head | 
     obstacle = _pallas_obstacle(platform, compute_dtype)
     if obstacle is not None:
         return obstacle
-    if _is_hopper():
+    if is_hopper():
         return _mosaic_obstacle(compute_dtype, head)
     capability = _compute_capability()
     if capability is not None and int(capability.split(".")[0]) < 8:
@@ -195,7 +197,7 @@ def _fused_obstacle(platform: str, compute_dtype: jax.numpy.dtype, head: Head | 
     return _head_obstacle(head)
 
 
-def _is_hopper() -> bool:
+def is_hopper() -> bool:
     """Whether the device has what the Mosaic GPU kernel is made of, and JAX what it is written in."""
     return _compute_capability() == "9.0" and jax.version.__version_info__ >= (0, 11)
 
@@ -231,13 +233,9 @@ def _head_obstacle(head: Head | None) -> str | None:
 
 def _compute_capability() -> str | None:
     """Of the device that traced code is meant for."""
-    abstract_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract_device is not None:
-        words = abstract_device.device_kind.split()
-        return "9.0" if any(word in _HOPPER for word in words) else None
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
+    device = target_device()
+    if isinstance(device, AbstractDevice):
+        return "9.0" if any(word in _HOPPER for word in device.device_kind.split()) else None
     return getattr(device, "compute_capability", None)
 
 

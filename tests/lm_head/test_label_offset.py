@@ -241,6 +241,7 @@ KERNEL_CONFIGS = {
     "cooperative, rows": {},
     "cooperative, columns": {"split": "n"},
     "wide tiles": {"tile_m": 64, "tile_n": 256},
+    "tiles of 192 columns": {"tile_n": 192, "stages": 3},
     "pingpong": {"schedule": "pingpong", "stages": 6},
     "pingpong, wide tiles": {"schedule": "pingpong", "tile_m": 64, "tile_n": 256, "stages": 3},
     "two slots, long steps": {"tile_n": 64, "tile_k": 128, "stages": 2, "store_n": 32, "store_slots": 2},

@@ -36,7 +36,6 @@ from jaxchunk.lm_head.varying import varying_alike
 
 ROWS_MULTIPLE, WIDTH_MULTIPLE, COLUMNS_MULTIPLE = 8, 16, 16  # of C, D and V: what TMA and wgmma can lay out
 
-_SHARED_MEMORY_BYTES = 227 * 1024
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
 
 
@@ -54,10 +53,8 @@ def exponentials(
     """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write."""
     (C, D), V = x.shape, W.shape[0]
     config = config or choose_config(C, D, V)
-    if config.shared_memory_bytes > _SHARED_MEMORY_BYTES:
-        raise ValueError(
-            f"{config} takes {config.shared_memory_bytes} bytes of shared memory; there are {_SHARED_MEMORY_BYTES}"
-        )
+    if config.obstacle is not None:
+        raise ValueError(config.obstacle)
     if C % ROWS_MULTIPLE or D % WIDTH_MULTIPLE or V % COLUMNS_MULTIPLE:
         raise ValueError(
             f"C is {C}, D {D} and V {V}; they must be multiples of "

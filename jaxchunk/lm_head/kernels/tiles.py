@@ -1,17 +1,17 @@
 """How the output of the Mosaic GPU kernel is cut into tiles, and who works on which."""
 
 import dataclasses
-import functools
-import logging
 from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxchunk.lm_head.kernels import tuned
 from jaxchunk.lm_head.rows import RowOptions
+from jaxchunk.lm_head.target import target_device
 
-_logger = logging.getLogger("jaxchunk")
+SHARED_MEMORY_BYTES = 227 * 1024  # that a block can have on Hopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,39 +69,28 @@ class MosaicConfig:
 
     @property
     def shared_memory_bytes(self) -> int:
-        """What operands and stores take of shared memory; a block has 227 KiB."""
+        """What operands and stores take of shared memory."""
         block_m, block_n = self.block_tile
         operands = 2 * self.stages * (block_m + block_n) * self.tile_k
         return operands + 2 * 2 * self.store_slots * self.tile_m * self.store_n + 2048
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why the kernel cannot run with it, or None."""
+        if self.tile_m % 64:
+            return f"tile_m is {self.tile_m}; it must be a multiple of 64"
+        if self.tile_n > 256 or self.tile_n % self.store_n:
+            return f"tile_n is {self.tile_n}; it must be a multiple of store_n, {self.store_n}, up to 256"
+        if self.tile_k % 16:
+            return f"tile_k is {self.tile_k}; it must be a multiple of 16"
+        if self.shared_memory_bytes > SHARED_MEMORY_BYTES:
+            return f"{self} takes {self.shared_memory_bytes} bytes of shared memory; there are {SHARED_MEMORY_BYTES}"
+        return None
 
-_NARROW = MosaicConfig(grid_width=16)
-_WIDE = MosaicConfig(split="n")
-_NARROW_BELOW = 2048
 
-
-@functools.cache
 def choose_config(C: int, D: int, V: int) -> MosaicConfig:
-    """What ran fastest, by D; says once for every shape what it is.
-
-    One run on one H200 (700 W), time over that of cuBLAS's bfloat16 x W^T, whose output has no exponentials:
-
-        tiles (rows x columns x D of a warpgroup)                C=8192 D=896 V=151936   C=4096 D=4096 V=128256
-        cooperative over rows, 128x128x64, 4 stages, width 8     1.268                   1.094
-        the same with width 16                                   1.212                   0.997
-        the same with a cluster along columns                    1.218                   0.947
-        the same with a cluster along rows                       1.304
-        cooperative over columns, 128x128x64, 4 stages           1.236                   0.933
-        cooperative, 64x256x64                                   1.302                   0.956
-        ping-pong, 128x128x64, a ring of 3 stages for each       1.302 to 1.528          1.18 and more
-
-    (Since then the epilogue has become shorter, and the two rings of ping-pong one of 6 stages.) Where D is small the
-    epilogue shows, and all that counts beside it is how often W comes from memory; where it is large, blocks of 128x256
-    read fewest operands from L2. The border between the two was not measured.
-    """
-    config = _NARROW if D < _NARROW_BELOW else _WIDE
-    _logger.info("lm_head_loss: exponentials of [%d, %d] x [%d, %d] with %s", C, D, V, D, config)
-    return config
+    """What ran fastest nearest to this shape, on this device or else on another of its kind (`tuned.choose`)."""
+    return tuned.choose("mosaic", MosaicConfig, C, D, V, target_device().device_kind, any_device=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ such a GPU has not been measured.
 
 import dataclasses
 import functools
-import logging
 from typing import Any
 
 import jax
@@ -19,18 +18,19 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import rows
-from jaxchunk.lm_head.kernels import LOG2_E, Exponentials, exponentials_of_parts
+from jaxchunk.lm_head.kernels import LOG2_E, Exponentials, exponentials_of_parts, tuned
 from jaxchunk.lm_head.offset_rows import LARGEST_STORED
 from jaxchunk.lm_head.rows import RowOptions
+from jaxchunk.lm_head.target import target_device
 from jaxchunk.lm_head.varying import varying_alike
 
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
-_logger = logging.getLogger("jaxchunk")
+_MOST_SHARED_MEMORY_BYTES = 227 * 1024  # that a program can have on any GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonTiles:
-    """Tuning parameters, all powers of two; the default takes 48 KiB of the 99 KiB of shared memory that Ada has.
+    """Tuning parameters, tiles and warps powers of two; the default takes 48 of the 99 KiB of shared memory of Ada.
 
     Attributes:
       tile_m: rows of an output tile.
@@ -48,6 +48,24 @@ class TritonTiles:
     num_warps: int = 8
     num_stages: int = 3
 
+    @property
+    def shared_memory_bytes(self) -> int:
+        """What operands take of shared memory."""
+        return 2 * self.num_stages * (self.tile_m + self.tile_n) * self.tile_k
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no GPU can run the kernel with it, or None; a GPU's own limit is the compiler's to say."""
+        for name in ("tile_m", "tile_n", "tile_k", "num_warps"):
+            value = getattr(self, name)
+            if value & (value - 1):
+                return f"{name} is {value}; it must be a power of two"
+        if min(self.tile_m, self.tile_n, self.tile_k) < 16:
+            return f"{self} has tiles narrower than the 16 of a tensor core"
+        if self.shared_memory_bytes > _MOST_SHARED_MEMORY_BYTES:
+            return f"{self} takes {self.shared_memory_bytes} bytes of shared memory; no GPU has that"
+        return None
+
 
 def exponentials(
     x: Float[Array, "C D"],
@@ -61,10 +79,8 @@ def exponentials(
     interpret: bool = False,
 ) -> Exponentials:
     """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write."""
-    config = config or TritonTiles()
     (C, D), V = x.shape, W.shape[0]
-    if not interpret:
-        _log(C, D, V, config)
+    config = config or choose_config(C, D, V)
     grid_m, grid_n = -(-C // config.tile_m), -(-V // config.tile_n)
     inputs = varying_alike(x, W, offset, labels, *([] if bias is None else [bias.astype(jnp.float32)]))
     out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(inputs[0]).manual_axis_type)
@@ -87,9 +103,9 @@ def exponentials(
     return exponentials_of_parts(E, sums, maxima_and_moments)
 
 
-@functools.cache
-def _log(C: int, D: int, V: int, config: TritonTiles) -> None:
-    _logger.info("lm_head_loss: exponentials of [%d, %d] x [%d, %d] by Triton with %s", C, D, V, D, config)
+def choose_config(C: int, D: int, V: int) -> TritonTiles:
+    """What ran fastest nearest to this shape on this device, or the default: GPUs differ too much to share."""
+    return tuned.choose("triton_gemm", TritonTiles, C, D, V, target_device().device_kind, any_device=False)
 
 
 def _kernel(  # type: ignore[no-untyped-def]
