@@ -1,11 +1,12 @@
 """The chunked LM-head loss. Imports nothing from the rest of jaxchunk, so that it can be lifted out."""
 
 from jaxchunk.lm_head.api import lm_head_loss, split_rows, token_log_probs
-from jaxchunk.lm_head.dispatch import Choice, Implementation, choose_implementation
+from jaxchunk.lm_head.dispatch import Choice, Head, Implementation, choose_implementation
 from jaxchunk.lm_head.metrics import LMHeadMetrics
 
 __all__ = [
     "Choice",
+    "Head",
     "Implementation",
     "LMHeadMetrics",
     "choose_implementation",

@@ -39,13 +39,13 @@ class Head(NamedTuple):
       width: D.
       columns: of the vocabulary on each device.
       vocab_dim: the dimension of the weight that is V.
-      options: what is done to a row.
+      options: what is done to a row; None where nothing is that a call has to name.
     """
 
     width: int
     columns: int
-    vocab_dim: int
-    options: RowOptions
+    vocab_dim: int = 0
+    options: RowOptions | None = None
 
 
 def choose_implementation(
@@ -61,7 +61,7 @@ def choose_implementation(
       implementation: a name, or None to choose by device.
       compute_dtype: dtype of the logits.
       platform: "cpu", "gpu" or "tpu"; None for the platform that JAX would run on now.
-      head: what the fused implementation has to know; without it, it is refused.
+      head: what the fused implementation has to know; without it, only the device and the dtype decide.
 
     Returns:
       The implementation and the reason for it.
@@ -71,11 +71,7 @@ def choose_implementation(
     """
     platform = platform or default_platform()
     if implementation is None:
-        obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
-        if obstacle is None:
-            # Not yet "fused" where that can run: it has no benchmark under the protocol behind it.
-            return Choice("pallas", "the device is an NVIDIA GPU")
-        return Choice("xla", f"pallas cannot run: {obstacle}")
+        return _fastest(platform, jax.numpy.dtype(compute_dtype), head)
     if implementation not in get_args(Implementation):
         names = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation is {implementation!r}; it must be one of {names}, or None to choose")
@@ -92,6 +88,18 @@ def choose_implementation(
     if implementation == "pallas_interpret" and jax.numpy.dtype(compute_dtype).itemsize > 4:
         raise ValueError(f"implementation='pallas_interpret' cannot run: {_FLOAT32_ONLY} {compute_dtype}; use 'xla'")
     return Choice(implementation, "named by the caller")  # type: ignore[arg-type]
+
+
+def _fastest(platform: str, compute_dtype: jax.numpy.dtype, head: Head | None) -> Choice:
+    obstacle = _pallas_obstacle(platform, compute_dtype)
+    if obstacle is not None:
+        return Choice("xla", f"pallas cannot run: {obstacle}")
+    if not is_hopper():  # `fused` may be able to run, but nobody has measured it on such a device
+        return Choice("pallas", "the device is an NVIDIA GPU")
+    obstacle = _mosaic_obstacle(compute_dtype, head)
+    if obstacle is not None:
+        return Choice("pallas", f"the device is an NVIDIA GPU; fused cannot run: {obstacle}")
+    return Choice("fused", "the device is a Hopper GPU")
 
 
 def row_kernels(implementation: Implementation) -> RowKernels:
@@ -223,10 +231,10 @@ def _mosaic_obstacle(compute_dtype: jax.numpy.dtype, head: Head | None) -> str |
 def _head_obstacle(head: Head | None) -> str | None:
     """What the algorithm does not do, on any device."""
     if head is None:
-        return "it is not known what is asked of it"
+        return None
     if head.vocab_dim != 0:
         return "it needs weight_layout='vd'"
-    if head.options.label_smoothing and head.options.softcap is not None:
+    if head.options is not None and head.options.label_smoothing and head.options.softcap is not None:
         return "label smoothing of softcapped logits needs a sum over them that it does not take"
     return None
 

@@ -23,7 +23,7 @@ class TrainConfig:
     lmhead_chunks: int = 4
     """Token chunks in which the LM head runs, in each micro-batch."""
     lmhead_impl: str | None = None
-    """Implementation of the LM head's loss: xla, pallas or reference. Default: by device."""
+    """Implementation of the LM head's loss: fused, pallas, xla or reference. Default: by device."""
     seq_len: int = 128
     """Tokens in a sequence."""
     batch_size: int = 8

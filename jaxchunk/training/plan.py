@@ -10,7 +10,7 @@ import jax
 
 from jaxchunk import data, device_memory
 from jaxchunk.errors import InputError
-from jaxchunk.lm_head import Choice, choose_implementation, split_rows
+from jaxchunk.lm_head import Choice, Head, choose_implementation, split_rows
 from jaxchunk.models import qwen2
 from jaxchunk.models.attention import choose_attention
 from jaxchunk.training.config import TrainConfig
@@ -92,7 +92,8 @@ def prepare(config: TrainConfig, device: jax.Device) -> Plan:
     dataset = data.load_dataset(config.data, config.tokenizer, model.vocab_size, cache_dir, seed=config.seed)
     split = data.split(dataset, config.seq_len, config.val_fraction)
     try:
-        lm_head = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
+        head = Head(model.hidden_size, model.vocab_size)
+        lm_head = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype, head=head)
         attention, reason = choose_attention(model, config.seq_len, config.compute_dtype, config.attention)
     except ValueError as error:
         raise InputError(str(error)) from None
