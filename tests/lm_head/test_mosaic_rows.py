@@ -100,7 +100,13 @@ def test_a_row_whose_label_is_the_only_finite_column():
 
 
 def test_a_configuration_that_does_not_fit_is_refused():
-    for config in (MosaicRowsConfig(piece=512, slots=3, stores=3), MosaicRowsConfig(piece=8192, slots=28)):
+    for refused in (
+        {"piece": 512, "slots": 3, "stores": 3},  # the ring
+        {"piece": 8192, "slots": 28},  # shared memory
+        {"piece": 512, "slots": 8, "cluster": 4},  # a block without a piece
+        {"piece": 520, "slots": 8},
+    ):
+        config = MosaicRowsConfig(**refused)
         with pytest.raises(ValueError, match="does not fit rows of 1032 columns"):
             mosaic_rows.statistics_and_gradients(
                 logits_of(1, 1032), jnp.array([1]), jnp.ones(1), None, RowOptions(1032), config=config

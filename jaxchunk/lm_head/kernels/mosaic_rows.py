@@ -26,7 +26,6 @@ Why nobody waits for ever:
 A row's last piece is loaded before any of the row is freed, so the ring must hold a row and `stores - 1` pieces more.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -42,48 +41,15 @@ from jaxtyping import Float, Int
 from jaxchunk.lm_head import rows
 from jaxchunk.lm_head.kernels import LOG2_E
 from jaxchunk.lm_head.kernels.mosaic import SHARED_MEMORY_BYTES, interpreter, num_multiprocessors
+from jaxchunk.lm_head.kernels.row_ring import LANES, MosaicRowsConfig, Ring, choose_config
 from jaxchunk.lm_head.rows import RowOptions, RowStatistics
 from jaxchunk.lm_head.varying import varying_alike
 
 COLUMNS_MULTIPLE = 8  # of V: 16 bytes, which TMA moves at a time
 
-_LANES = 512  # columns that a warpgroup takes statistics of at a time: 8 bytes a thread
 _RECORD = 32  # float32 between the statistics of two parts of a row: 128 bytes, so that none shares a line of L1
 _RECORD_USED = 8
-_CLUSTERS = (1, 2, 4, 8)
 _MATH = rows.Math(jnp.exp, lambda x: 1.0 / (1.0 + jnp.exp(-x)))
-
-
-@dataclasses.dataclass(frozen=True)
-class MosaicRowsConfig:
-    """Tuning parameters.
-
-    Attributes:
-      piece: columns in a piece, a multiple of 512.
-      slots: pieces that a block has room for, at most 32.
-      stores: pieces that may be under way to memory before their slots are filled again.
-      cluster: blocks that share a row, 1, 2, 4 or 8.
-    """
-
-    piece: int = 4096
-    slots: int = 28
-    stores: int = 3
-    cluster: int = 1
-
-    @property
-    def shared_memory_bytes(self) -> int:
-        """What pieces, statistics and barriers take of shared memory; a block has 227 KiB."""
-        return 2 * self.slots * self.piece + 2 * 1024 + 8 * 3 * 32
-
-
-def choose_config(V: int) -> MosaicRowsConfig | None:
-    """The smallest cluster that leaves a quarter of the ring for the rows that follow; None if V is too large."""
-    default = MosaicRowsConfig()
-    piece = min(default.piece, max(_LANES, 1 << (V - 1).bit_length()))
-    for cluster in _CLUSTERS:
-        if -(-V // piece) <= cluster * (default.slots * 3 // 4):
-            return dataclasses.replace(default, piece=piece, cluster=cluster)
-    return None
 
 
 def statistics_and_gradients(
@@ -100,8 +66,8 @@ def statistics_and_gradients(
     C, V = raw.shape
     config = config or choose_config(V)
     assert bias is None and config is not None and raw.dtype == jnp.bfloat16 and V % COLUMNS_MULTIPLE == 0
-    ring = _Ring(C, V, config, options)
-    if config.shared_memory_bytes > SHARED_MEMORY_BYTES or ring.pieces_at_most + config.stores > config.slots + 1:
+    ring = Ring(C, V, config, options)
+    if config.shared_memory_bytes > SHARED_MEMORY_BYTES or not ring.has_room:
         raise ValueError(f"{config} does not fit rows of {V} columns into {SHARED_MEMORY_BYTES} bytes")
     inputs = varying_alike(raw, labels, row_weight.astype(jnp.float32))
     out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(inputs[0]).manual_axis_type)
@@ -130,66 +96,7 @@ def statistics_and_gradients(
     return rows.merged([_unpacked(records[:, part], options) for part in range(config.cluster)]), gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """Which rows and pieces a block works on, and which slots they pass through.
-
-    Pieces of a block are counted through all of its rows: the `count`-th passes through slot `count % slots`.
-    """
-
-    C: int
-    V: int
-    config: MosaicRowsConfig
-    options: RowOptions
-
-    @property
-    def pieces_of_row(self) -> int:
-        return -(-self.V // self.config.piece)
-
-    @property
-    def pieces_at_most(self) -> int:
-        """Pieces of a row that a block may have."""
-        return -(-self.pieces_of_row // self.config.cluster)
-
-    @property
-    def rows_at_most(self) -> int:
-        """Rows that may be in the ring whole."""
-        return max(1, self.config.slots // max(1, self.pieces_of_row // self.config.cluster))
-
-    @property
-    def tail(self) -> int:
-        """Columns in a row's last piece."""
-        return self.V - (self.pieces_of_row - 1) * self.config.piece
-
-    def num_rows(self) -> Array:
-        """How many rows this cluster has."""
-        return lax.div(self.C - 1 - lax.axis_index("row"), jnp.int32(lax.axis_size("row"))) + 1
-
-    def row(self, visit: Array | int) -> Array:
-        """The cluster's `visit`-th row; the last one for those beyond it."""
-        row = jnp.int32(visit) * jnp.int32(lax.axis_size("row")) + lax.axis_index("row")
-        return jnp.minimum(row, jnp.int32(self.C - 1))
-
-    def num_pieces(self) -> Array:
-        """How many pieces of a row this block has."""
-        whole, rest = divmod(self.pieces_of_row, self.config.cluster)
-        return jnp.int32(whole) + (lax.axis_index("part") < rest).astype(jnp.int32)
-
-    def first_piece(self) -> Array:
-        """The first piece of a row that this block has."""
-        whole, rest = divmod(self.pieces_of_row, self.config.cluster)
-        part = lax.axis_index("part")
-        return part * whole + jnp.minimum(part, jnp.int32(rest))
-
-    def slot(self, count: Array) -> Array:
-        return lax.rem(count, jnp.int32(self.config.slots))
-
-    def published(self, visit: Array) -> Array:
-        """The barrier that says that the `visit`-th row's statistics are there."""
-        return lax.rem(visit, jnp.int32(self.rows_at_most))
-
-
-def _kernel(z_ref: Any, labels_ref: Any, weights_ref: Any, records_ref: Any, dz_ref: Any, *, ring: _Ring) -> None:
+def _kernel(z_ref: Any, labels_ref: Any, weights_ref: Any, records_ref: Any, dz_ref: Any, *, ring: Ring) -> None:
     config = ring.config
 
     @functools.partial(
@@ -220,7 +127,7 @@ def _kernel(z_ref: Any, labels_ref: Any, weights_ref: Any, records_ref: Any, dz_
             _move_pieces(z_ref, dz_ref, pieces, filled, rewritten, ring)
 
 
-def _move_pieces(z_ref: Any, dz_ref: Any, pieces: Any, filled: Any, rewritten: Any, ring: _Ring) -> None:
+def _move_pieces(z_ref: Any, dz_ref: Any, pieces: Any, filled: Any, rewritten: Any, ring: Ring) -> None:
     """The moving warpgroup: fills the ring, then writes out a piece and fills the slot of an earlier one in turn."""
     config, num_pieces = ring.config, ring.num_pieces()
     total = ring.num_rows() * num_pieces
@@ -259,7 +166,7 @@ def _move_pieces(z_ref: Any, dz_ref: Any, pieces: Any, filled: Any, rewritten: A
 
 
 def _take_statistics(
-    labels_ref: Any, records_ref: Any, pieces: Any, record: Any, filled: Any, published: Any, ring: _Ring
+    labels_ref: Any, records_ref: Any, pieces: Any, record: Any, filled: Any, published: Any, ring: Ring
 ) -> None:
     """The warpgroup that takes statistics of this block's part of every row, and publishes them."""
     num_pieces, first = ring.num_pieces(), ring.first_piece()
@@ -285,9 +192,9 @@ def _take_statistics(
 
 
 def _nothing_yet(options: RowOptions) -> RowStatistics:
-    zeros = jnp.zeros((_LANES,), jnp.float32)
+    zeros = jnp.zeros((LANES,), jnp.float32)
     return RowStatistics(
-        m=jnp.full((_LANES,), rows.initial_max(jnp.float32), jnp.float32),
+        m=jnp.full((LANES,), rows.initial_max(jnp.float32), jnp.float32),
         n=zeros,
         z_y=jnp.float32(0),
         z_sum=zeros if options.label_smoothing else None,
@@ -295,7 +202,7 @@ def _nothing_yet(options: RowOptions) -> RowStatistics:
     )
 
 
-def _accumulated(carry: RowStatistics, piece: Any, start: Array, label: Array, ring: _Ring) -> RowStatistics:
+def _accumulated(carry: RowStatistics, piece: Any, start: Array, label: Array, ring: Ring) -> RowStatistics:
     """Statistics of lanes with those of a piece added; the label's logit is kept as the GEMM wrote it."""
     size = ring.config.piece
     position = label - start
@@ -312,7 +219,7 @@ def _accumulated(carry: RowStatistics, piece: Any, start: Array, label: Array, r
 
 
 def _accumulate_lanes(
-    carry: RowStatistics, *, piece: Any, ring: _Ring, counted: tuple[Array, Array] | None
+    carry: RowStatistics, *, piece: Any, ring: Ring, counted: tuple[Array, Array] | None
 ) -> RowStatistics:
     """One maximum of a lane's columns in the piece, then sums relative to it.
 
@@ -324,12 +231,12 @@ def _accumulate_lanes(
     """
     options, low = ring.options, rows.initial_max(jnp.float32)
     logits, others = [], []
-    for lane in range(0, ring.config.piece, _LANES):
-        z, _ = rows.transformed(piece[pl.ds(lane, _LANES)].astype(jnp.float32), None, options, _MATH)
+    for lane in range(0, ring.config.piece, LANES):
+        z, _ = rows.transformed(piece[pl.ds(lane, LANES)].astype(jnp.float32), None, options, _MATH)
         logits.append(z)
         if counted is not None:
             column = plgpu.broadcasted_iota(
-                jnp.int32, (_LANES,), 0, layout=plgpu.Layout.WG_STRIDED((_LANES,), vec_size=4)
+                jnp.int32, (LANES,), 0, layout=plgpu.Layout.WG_STRIDED((LANES,), vec_size=4)
             )
             label, size = (bound - lane for bound in counted)
             z = jnp.where((column != label) & (column < size), z, -jnp.inf)
@@ -395,7 +302,7 @@ def _take_gradients(
     filled: Any,
     rewritten: Any,
     published: Any,
-    ring: _Ring,
+    ring: Ring,
 ) -> None:
     """The warpgroup that overwrites every row's pieces with their gradient, once the row's statistics are there."""
     num_pieces, first, options = ring.num_pieces(), ring.first_piece(), ring.options
@@ -426,7 +333,7 @@ def _take_gradients(
     lax.fori_loop(0, ring.num_rows(), take_row, (labels_ref[row], weights_ref[row]))
 
 
-def _overwrite(piece: Any, coefficients: rows.RowCoefficients, ring: _Ring, label: Array | None) -> None:
+def _overwrite(piece: Any, coefficients: rows.RowCoefficients, ring: Ring, label: Array | None) -> None:
     """Logits become gradients; what lies beyond the end of the row is never written out."""
     z, slope = rows.transformed(piece[...].astype(jnp.float32), None, ring.options, _MATH)
     dz = jnp.exp2((z - coefficients.shift) * LOG2_E) * coefficients.factor
