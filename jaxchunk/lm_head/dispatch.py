@@ -7,12 +7,13 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.extend
+from jax import Array
 from jax.sharding import AbstractDevice
 from jax.typing import DTypeLike
 
 from jaxchunk.lm_head.chunked import RowKernels
 from jaxchunk.lm_head.kernels import Exponentials, xla
-from jaxchunk.lm_head.rows import RowOptions
+from jaxchunk.lm_head.rows import RowOptions, RowStatistics
 from jaxchunk.lm_head.sharding import Placement
 from jaxchunk.lm_head.target import target_device
 
@@ -106,7 +107,10 @@ def row_kernels(implementation: Implementation) -> RowKernels:
     """The row kernels of a chunked implementation; the same objects every time, so that jit caches hold."""
     if implementation == "xla":
         return RowKernels(xla.statistics, xla.gradients, xla.statistics_and_gradients)
-    return _triton_kernels(interpret=implementation == "pallas_interpret")
+    if implementation == "pallas_interpret":
+        return _triton_kernels(interpret=True)
+    kernels = _triton_kernels(interpret=False)
+    return kernels._replace(statistics_and_gradients=_both_passes_on_hopper) if is_hopper() else kernels
 
 
 def rows_multiple(implementation: Implementation) -> int:
@@ -141,6 +145,43 @@ def _triton_kernels(interpret: bool) -> RowKernels:
         functools.partial(triton.gradients, interpret=interpret),
         functools.partial(triton.statistics_and_gradients, interpret=interpret),
     )
+
+
+def _both_passes_on_hopper(
+    raw: Array, labels: Array, row_weight: Array, bias: Array | None, options: RowOptions
+) -> tuple[RowStatistics, Array]:
+    """The row kernel that reads logits once, where it can run; else Triton's, which runs everywhere."""
+    obstacle = _mosaic_rows_obstacle(raw, bias)
+    _log_row_kernel(obstacle, raw.shape[1])
+    if obstacle is not None:
+        return _triton_kernels(interpret=False).statistics_and_gradients(raw, labels, row_weight, bias, options)
+    from jaxchunk.lm_head.kernels import mosaic_rows
+
+    return mosaic_rows.statistics_and_gradients(raw, labels, row_weight, bias, options)
+
+
+def _mosaic_rows_obstacle(raw: Array, bias: Array | None) -> str | None:
+    V = raw.shape[1]
+    if raw.dtype != jax.numpy.bfloat16:
+        return f"logits are {raw.dtype} and it reads bfloat16"
+    if bias is not None:
+        return "it adds no bias"
+    try:
+        from jaxchunk.lm_head.kernels import mosaic_rows
+    except ImportError as error:
+        return f"JAX {jax.__version__} has not what it is made of ({error})"
+    if V % mosaic_rows.COLUMNS_MULTIPLE:
+        return f"V is {V} and must be a multiple of {mosaic_rows.COLUMNS_MULTIPLE} (on each device)"
+    return None if mosaic_rows.choose_config(V) else f"a row of {V} columns is more than a cluster of blocks can hold"
+
+
+@functools.cache
+def _log_row_kernel(obstacle: str | None, V: int) -> None:
+    """Says once for every combination which row kernel runs and why."""
+    if obstacle is None:
+        _logger.info("lm_head_loss: rows of %d logits are read once, by Mosaic GPU", V)
+    else:
+        _logger.info("lm_head_loss: rows of %d logits are read twice, by Triton (Mosaic GPU cannot: %s)", V, obstacle)
 
 
 def check_placement(choice: Choice, placement: Placement) -> None:

@@ -15,9 +15,12 @@ docs/loss.md derives what the options add.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -167,12 +170,23 @@ def _softcapped(u: Array, e: Array, c: float) -> Array:
 def combined(statistics: RowStatistics, axis_names: tuple[str, ...]) -> RowStatistics:
     """Statistics of whole rows from those of their slices over mesh axes: one pmax, one psum."""
     m = lax.pmax(lax.stop_gradient(statistics.m), axis_names)  # any m will do: nothing depends on it
+    return RowStatistics(m, *lax.psum(tuple(_relative_to(m, statistics))[1:], axis_names))
+
+
+def merged(parts: Sequence[RowStatistics]) -> RowStatistics:
+    """Statistics of whole rows from those of their parts, at least one."""
+    m = functools.reduce(jnp.maximum, (part.m for part in parts))
+    return functools.reduce(
+        lambda a, b: jax.tree.map(operator.add, a, b)._replace(m=m), (_relative_to(m, part) for part in parts)
+    )
+
+
+def _relative_to(m: Array, statistics: RowStatistics) -> RowStatistics:
+    """The sums of statistics with `m`, not less than theirs, in the place of their largest logit."""
     fall = statistics.m - m
     ratio = jnp.exp(fall)
-    parts = statistics._replace(n=statistics.n * ratio)
-    if statistics.q is not None:
-        parts = parts._replace(q=(statistics.q + statistics.n * fall) * ratio)
-    return RowStatistics(m, *lax.psum(tuple(parts)[1:], axis_names))
+    q = None if statistics.q is None else (statistics.q + statistics.n * fall) * ratio
+    return statistics._replace(m=m, n=statistics.n * ratio, q=q)
 
 
 class _Scaled(NamedTuple):
@@ -186,22 +200,22 @@ class _Scaled(NamedTuple):
     n: Array
     label: Array
     s: Array
-    log_s: Array
 
 
 def _scaled(statistics: RowStatistics) -> _Scaled:
     top = jnp.maximum(statistics.m, statistics.z_y)
     fall = statistics.m - top
     n, label = statistics.n * jnp.exp(fall), jnp.exp(statistics.z_y - top)
-    # One of the two is exact: label == 1 where the label leads, n >= 1 where it does not.
-    return _Scaled(top, fall, n, label, n + label, jnp.log1p(n + (label - 1.0)))
+    return _Scaled(top, fall, n, label, n + label)
 
 
 def results(statistics: RowStatistics, options: RowOptions) -> RowResults:
     """Losses of rows and what the metrics need."""
     row = _scaled(statistics)
-    lse = row.top + row.log_s
-    cross_entropy = row.log_s + (row.top - statistics.z_y)
+    # One of the two is exact: label == 1 where the label leads, n >= 1 where it does not.
+    log_s = jnp.log1p(row.n + (row.label - 1.0))
+    lse = row.top + log_s
+    cross_entropy = log_s + (row.top - statistics.z_y)
     loss = cross_entropy
     if statistics.z_sum is not None:
         loss = loss + options.label_smoothing * (statistics.z_y - statistics.z_sum / options.vocab_size)
@@ -210,7 +224,7 @@ def results(statistics: RowStatistics, options: RowOptions) -> RowResults:
     correct = entropy = None
     if statistics.q is not None:
         correct = statistics.z_y >= statistics.m  # sum_j p_j (lse - z_j): no term is negative
-        others = row.n * (row.log_s - row.fall) - statistics.q * jnp.exp(row.fall)
+        others = row.n * (log_s - row.fall) - statistics.q * jnp.exp(row.fall)
         own = jnp.where(row.label > 0, row.label * cross_entropy, 0)  # a bias of -inf on the label: 0 * inf
         entropy = (own + others) / row.s
     return RowResults(loss, lse, correct, entropy)
@@ -223,7 +237,7 @@ def coefficients(statistics: RowStatistics, row_weight: Array, options: RowOptio
     over_s = weight / row.s
     factor, label_gradient, uniform = over_s, -weight * (row.n / row.s), None
     if options.z_loss:
-        pull = 2.0 * options.z_loss * (row.top + row.log_s)
+        pull = 2.0 * options.z_loss * (row.top + jnp.log(row.s))
         factor = factor + over_s * pull
         label_gradient = label_gradient + over_s * row.label * pull
     if options.label_smoothing:

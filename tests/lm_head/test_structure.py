@@ -233,6 +233,16 @@ def test_a_cotangent_of_one_folds_away():
     assert re.findall(multiply, scaled_gradients(3.0))
 
 
+def reads_once(device_kind, vocab_size, dtype):
+    """Whether there is a row kernel that does (`test_mosaic_rows.py`)."""
+    is_hopper = device_kind == "NVIDIA H200" and jax.version.__version_info__ >= (0, 11)
+    return is_hopper and vocab_size % 8 == 0 and dtype == jnp.bfloat16
+
+
+def row_kernels(text):
+    return text.count("__gpu$xla.gpu.triton"), text.count("@mosaic_gpu")
+
+
 @pytest.mark.parametrize("num_chunks", [1, 4])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("vocab_size", [151936, 1187, 97, 1])
@@ -248,7 +258,7 @@ def test_pallas_lowers_for_cuda_without_a_gpu(device_kind, vocab_size, dtype, nu
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         text = jax.jit(gradients).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.dot_general") == 3
-    assert text.count("__gpu$xla.gpu.triton") == 1
+    assert row_kernels(text) == ((0, 1) if reads_once(device_kind, vocab_size, dtype) else (1, 0))
     assert "output_operand_alias" in text  # dlogits take the place of the logits
 
 

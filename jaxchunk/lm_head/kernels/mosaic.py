@@ -80,14 +80,14 @@ def exponentials(
     E, sums, *maxima_and_moments = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles),
         out_type=[out((C, V), x.dtype), *[parts] * (3 if options.metrics else 1)],
-        grid=(min(2 if interpret else _num_multiprocessors() // cluster_size, grid_m * grid_n),),
+        grid=(min(2 if interpret else num_multiprocessors() // cluster_size, grid_m * grid_n),),
         grid_names=("block",),
         cluster=(cluster_size,),
         cluster_names=("cluster",),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="jaxchunk_exponentials",
-        interpret=_interpreter() if interpret else None,
+        interpret=interpreter() if interpret else None,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
     return exponentials_of_parts(E, sums[:, :C], [parts[:, :C] for parts in maxima_and_moments])
@@ -328,7 +328,8 @@ def _store(e: Array, E_ref: Any, slot: Any, config: MosaicConfig) -> None:
     plgpu.copy_smem_to_gmem(slot, E_ref)
 
 
-def _interpreter() -> Any:
+def interpreter() -> Any:
+    """Parameters of JAX's interpreter on a CPU."""
     return plgpu.InterpretGPUParams()  # type: ignore[attr-defined]  # from JAX 0.11
 
 
@@ -348,6 +349,7 @@ def _shared(shape: tuple[int, ...], dtype: Any, size: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def _num_multiprocessors() -> int:
+def num_multiprocessors() -> int:
+    """Of the device that traced code is meant for."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.num_cores if device is not None else jax.extend.backend.get_default_device().core_count

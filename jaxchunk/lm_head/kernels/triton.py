@@ -6,8 +6,8 @@ holds it), and overwrites each logit with its gradient. Where something has to h
 devices, a cotangent that comes later) each is a kernel of its own.
 
 Why Triton: it is the one Pallas back end that covers every NVIDIA GPU since Ampere, DGX Spark's sm_121 included
-(Mosaic GPU starts at Hopper). JAX has deprecated it since 0.11; the kernels sit behind the functions of
-`kernels/__init__.py`, so that another back end can take its place.
+(Mosaic GPU starts at Hopper, where `mosaic_rows.py` takes most of the work over). JAX has deprecated it since 0.11; the
+kernels sit behind the functions of `kernels/__init__.py`, so that another back end can take its place.
 """
 
 import dataclasses
