@@ -179,6 +179,12 @@ def read_measurements(path: Path) -> list[Measurement]:
     return [Measurement(**{key: value for key, value in record.items() if key in known}) for record in records]
 
 
+def is_complete(path: Path, repeats: int) -> bool:
+    """Whether the run in a directory has all of its windows."""
+    conditions = RunDirectory(path, go_on=True).read_json("conditions.json") if path.is_dir() else None
+    return conditions is not None and len(read_measurements(path)) >= len(conditions["calls"]) * repeats
+
+
 @contextlib.contextmanager
 def _watching(directory: RunDirectory, benchmark: Benchmark) -> Iterator[AnyMonitor]:
     """A started monitor, with its times counted from the run's beginning, and everything about the run written down."""
