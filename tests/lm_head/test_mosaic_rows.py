@@ -51,9 +51,11 @@ def check(raw, labels, config=None, interpret=True, **options):
     for name in ("z_y", "z_sum") + (("m", "n", "q") if options.metrics else ()):
         if getattr(statistics, name) is not None:
             wanted = getattr(exact[1], name)
-            np.testing.assert_allclose(getattr(statistics, name), wanted, rtol=2e-5, atol=1e-2, err_msg=name)
+            np.testing.assert_allclose(getattr(statistics, name), wanted, rtol=2e-5, atol=1e-2 + 4e-7 * V, err_msg=name)
     assert np.all(statistics.n >= 1) or V == 1
-    np.testing.assert_allclose(np.float64(gradients), exact[2], rtol=2.0**-8, atol=1e-30 + 3e-7 * bool(options.softcap))
+    cancelled = 4e-6 * options.label_smoothing / V  # what rounding leaves where a softmax entry is about eps / V
+    atol = 1e-30 + 3e-7 * bool(options.softcap) + cancelled
+    np.testing.assert_allclose(np.float64(gradients), exact[2], rtol=2.0**-8, atol=atol)
     return statistics, gradients
 
 
@@ -188,13 +190,20 @@ def test_on_a_gpu_it_is_as_exact_as_float64(C, V, options):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_agrees_with_triton_over_many_rows():
-    C, V = 8192, 151936
-    raw, options = logits_of(C, V), RowOptions(V)
-    labels, weight = jax.random.randint(jax.random.key(0), (C,), 0, V), jnp.ones(C)
+@pytest.mark.parametrize("V", [151936, 128256])
+def test_on_a_gpu_it_agrees_with_triton_over_many_rows(V):
+    """Parts of a row meet in memory: several times, for what is read too soon is so only now and then."""
+    C, options = 8192, RowOptions(V)
+    raw, labels, weight = logits_of(C, V), jax.random.randint(jax.random.key(0), (C,), 0, V), jnp.ones(C)
     ours, theirs = (
-        jax.jit(functools.partial(module.statistics_and_gradients, bias=None, options=options))(raw, labels, weight)
+        jax.jit(functools.partial(module.statistics_and_gradients, bias=None, options=options))
         for module in (mosaic_rows, triton)
     )
-    np.testing.assert_allclose(*(rows.results(s, options).loss for s, _ in (ours, theirs)), rtol=1e-5)
-    assert jnp.max(jnp.abs(ours[1] - theirs[1])) <= 2.0**-8
+    difference = jax.jit(
+        lambda a, b: jnp.max(jnp.abs(a.astype(jnp.float32) - b) / (jnp.abs(b.astype(jnp.float32)) + 1e-30))
+    )
+    for shift in range(5):
+        shifted = jnp.roll(raw, 1000 * shift, axis=1)  # other numbers lie where the last ones lay
+        (s, gradients), (expected_s, expected) = (kernel(shifted, labels, weight) for kernel in (ours, theirs))
+        np.testing.assert_allclose(*(rows.results(x, options).loss for x in (s, expected_s)), rtol=1e-5)
+        assert difference(gradients, expected) <= 2.0**-6.9

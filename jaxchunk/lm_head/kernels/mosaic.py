@@ -330,7 +330,7 @@ def _store(e: Array, E_ref: Any, slot: Any, config: MosaicConfig) -> None:
 
 def interpreter() -> Any:
     """Parameters of JAX's interpreter on a CPU."""
-    return plgpu.InterpretGPUParams()  # type: ignore[attr-defined]  # from JAX 0.11
+    return plgpu.InterpretGPUParams(inline_mgpu="ignore")  # type: ignore[attr-defined]  # from JAX 0.11
 
 
 def _drained_barrier(config: MosaicConfig) -> Any:
