@@ -58,7 +58,7 @@ def exact(
     hidden: Float[Array, "S D"], weight: Float[Array, "V D"], labels: Int[Array, " S"]
 ) -> tuple[Float[Array, ""], Float[Array, "S D"], Float[Array, "V D"]]:
     """Mean cross-entropy and its gradients in float32; the label's column stays out of the sum, so nothing cancels."""
-    x, W = hidden.astype(jnp.float32), weight.astype(hidden.dtype).astype(jnp.float32)
+    x, W = hidden.astype(jnp.float32), _as_multiplied(weight, hidden.dtype)
     logits = _logits(hidden, weight)
     is_label = jnp.arange(W.shape[0])[None, :] == labels[:, None]
     m = logits.max(axis=1, keepdims=True)
@@ -102,7 +102,13 @@ def _argmax(hidden: Float[Array, "S D"], weight: Float[Array, "V D"]) -> Int[Arr
 
 
 def _logits(hidden: Float[Array, "S D"], weight: Float[Array, "V D"]) -> Float[Array, "S V"]:
-    return _matmul(hidden.astype(jnp.float32), weight.astype(hidden.dtype).astype(jnp.float32).T)
+    return _matmul(hidden.astype(jnp.float32), _as_multiplied(weight, hidden.dtype).T)
+
+
+def _as_multiplied(weight: Float[Array, "V D"], dtype: Any) -> Float[Array, "V D"]:
+    """The weight in float32, rounded to the dtype that GEMMs see it in; XLA takes two casts for none."""
+    limits = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(weight.astype(jnp.float32), exponent_bits=limits.nexp, mantissa_bits=limits.nmant)
 
 
 def _matmul(a: Array, b: Array) -> Array:
