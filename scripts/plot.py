@@ -1,6 +1,6 @@
 """Redraws the figures of runs from their records: `python scripts/plot.py RUN_DIR...`.
 
-Several training runs are also compared: a table, and `comparison.png` in the directory that holds them.
+Several training runs are also compared: a table, `losses.png` and `comparison.png` in the directory that holds them.
 """
 
 import dataclasses
@@ -44,6 +44,9 @@ def main() -> None:
                 raise InputError(f"{run} holds no records of train.py or of a benchmark")
         if len(training) > 1:
             print(comparison_table(training))
+            print(
+                plotting.plot_losses(training, training[0].parent / "losses.png") or "no losses of two runs to compare"
+            )
             figure = plotting.plot_comparison(training, training[0].parent / "comparison.png")
             print(figure or "no comparison of power and clocks: none of these runs has telemetry")
 

@@ -122,12 +122,13 @@ def test_what_was_measured_survives_a_stop(stop, status, tmp_path, text):
 def test_plot_compares_runs_and_refuses_what_is_none(tmp_path):
     for name, loss in (("a", 3.0), ("b", 2.0)):
         (tmp_path / name).mkdir()
-        record = {"time_s": 1.0, "loss": loss, "tokens_per_s": 10.0, "energy_null_reason": "no GPU"}
+        record = {"step": 1, "time_s": 1.0, "loss": loss, "tokens_per_s": 10.0, "energy_null_reason": "no GPU"}
         (tmp_path / name / "steps.jsonl").write_text(json.dumps(record) + "\n")
     done = run_script("plot.py", tmp_path / "a", tmp_path / "b")
     assert done.returncode == 0, done.stderr
     assert "| a | no finished run |" in done.stdout
     assert "none of these runs has telemetry" in done.stdout
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     refused = run_script("plot.py", tmp_path)
     assert refused.returncode == 2
     assert "holds no records" in refused.stderr

@@ -4,7 +4,7 @@ Those that need the statistics of benchmarks are in `jaxchunk.bench.figures`.
 """
 
 from jaxchunk.plotting.lm_head import AUTODIFF, FLOOR, plot_lm_head, plot_multiples_of_floor
-from jaxchunk.plotting.training import plot_comparison, plot_training
+from jaxchunk.plotting.training import plot_comparison, plot_losses, plot_training
 from jaxchunk.plotting.training_pair import plot_training_pair
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "FLOOR",
     "plot_comparison",
     "plot_lm_head",
+    "plot_losses",
     "plot_multiples_of_floor",
     "plot_training",
     "plot_training_pair",

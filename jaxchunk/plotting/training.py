@@ -1,12 +1,13 @@
 """Figures of training runs: one over time, several side by side."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxchunk.plotting.style import BLUE, GREEN, GREY, VERMILION, new_figure, new_panels, read_telemetry
+from jaxchunk.plotting.style import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, new_figure, new_panels, read_telemetry
 from jaxchunk.run_dir import read_json_lines
 
 if TYPE_CHECKING:
@@ -89,5 +90,38 @@ def plot_comparison(run_paths: Sequence[Path], path: Path) -> Path | None:
     axes[0, 0].set_ylabel("power (W)")
     axes[1, 0].set_ylabel("SM clock (MHz)")
     figure.supxlabel("time from the middle of the run (s)", fontsize=10)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def plot_losses(run_paths: Sequence[Path], path: Path) -> Path | None:
+    """Draws the training losses of several runs over each other, and how far they are from those of the first.
+
+    Args:
+      run_paths: directories that `train` wrote; one that has no steps yet is left out.
+      path: where the figure goes.
+
+    Returns:
+      `path`, or None where fewer than two runs have steps.
+    """
+    losses = {}
+    for run_path in run_paths:
+        if steps := read_json_lines(run_path / "steps.jsonl"):
+            losses[run_path.name] = {record["step"]: record["loss"] for record in steps}
+    if len(losses) < 2:
+        return None
+    figure, (above, below) = new_panels(2)
+    first, colors = next(iter(losses.values())), (BLUE, VERMILION, GREEN, ORANGE, GREY, BLACK)
+    for (name, loss), color in zip(losses.items(), itertools.cycle(colors)):
+        above.plot(list(loss), list(loss.values()), color=color, linewidth=0.9, label=name)
+        common = [step for step in loss if step in first]
+        difference = np.array([loss[step] - first[step] for step in common])
+        label = f"rms {np.sqrt(np.mean(difference**2)):.4f}" if common and loss is not first else None
+        below.plot(common, difference, color=color, linewidth=0.9, label=label)
+    above.set_ylabel("loss (nats/token)")
+    above.legend(frameon=False)
+    below.set_ylabel("less the first run's")
+    below.legend(frameon=False)
+    below.set_xlabel("step")
     figure.savefig(path, dpi=150)
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 _HEADER = (
-    "run", "chunks", "tokens/s: median (p10 to p90)", "mJ/token (total)", "power, W: mean, std",
+    "run", "LM head", "chunks", "tokens/s: median (p10 to p90)", "mJ/token (total)", "power, W: mean, std",
     "SM clock, MHz: mean, std", "peak memory, GB", "validation loss",
 )  # fmt: skip
 
@@ -35,6 +35,7 @@ def _row(config: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     bound = None if energy is None else summary["energy_bound_j"] / summary["energy_j"] * energy
     memory = summary["peak_memory_bytes"]
     return [
+        config["lmhead_impl"] or "by device",
         str(config["lmhead_chunks"]),
         f"{summary['tokens_per_s_median']:,.0f} ({slow:,.0f} to {fast:,.0f})",
         "null" if energy is None or bound is None else f"{energy * 1e3:.3f} ± {bound * 1e3:.3f}",

@@ -104,6 +104,18 @@ def test_confident_labels(implementation, margin):
     assert relative_error(result.d_weight, exact.d_weight) < 4e-3
 
 
+@pytest.mark.parametrize("implementation", FUSED)
+def test_confident_labels_have_a_tenth_of_the_error_of_bfloat16_logits(implementation):
+    """Logits eight times those of initialisation, the largest the label's."""
+    p = problem(128, 64, 1024, jnp.bfloat16, scale=8.0, ignored=0.0)
+    p = p._replace(labels=jnp.argmax(p.hidden.astype(jnp.float32) @ p.weight.T.astype(jnp.float32), axis=1))
+    exact = oracle(p)
+    ours, theirs = (value_and_grads(p, num_chunks=2, implementation=name) for name in (implementation, "xla"))
+    for name in ("d_hidden", "d_weight"):
+        error, wanted = (relative_error(getattr(r, name), getattr(exact, name)) for r in (ours, theirs))
+        assert error <= 0.1 * wanted
+
+
 def some_far(margin):
     """Every other token of the second half has a loss of about `-margin` nats."""
     p = with_margin(margin)
@@ -308,7 +320,7 @@ def test_the_loss_lowers_for_cuda_without_a_gpu(options, V):
 def test_what_is_chosen_and_why():
     plain = dispatch.Head(64, 1184, 0, RowOptions(1184))
     with on_hopper():
-        assert dispatch.choose_implementation(head=plain).implementation == "pallas"  # for now
+        assert dispatch.choose_implementation(head=plain) == ("fused", "the device is a Hopper GPU")
         assert dispatch.choose_implementation("fused", head=plain).implementation == "fused"
         for head, dtype, reason in (
             (plain._replace(columns=1187), "bfloat16", "multiples of 16"),
@@ -318,6 +330,8 @@ def test_what_is_chosen_and_why():
         ):
             with pytest.raises(ValueError, match=reason):
                 dispatch.choose_implementation("fused", head=head, compute_dtype=dtype)
+            choice = dispatch.choose_implementation(head=head, compute_dtype=dtype)
+            assert choice.implementation == "pallas" and reason in choice.reason
 
 
 def test_the_kernel_cannot_run_on_a_cpu_and_says_so():
