@@ -317,6 +317,20 @@ def test_the_loss_lowers_for_cuda_without_a_gpu(options, V):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("axes", [{"token_axis": "a"}, {"vocab_axis": "a"}, {"token_axis": "a", "vocab_axis": "b"}])
+def test_the_loss_lowers_for_cuda_over_a_mesh(axes):
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2, 2), ("a", "b"), (AxisType.Auto,) * 2, abstract_device=device)
+    shapes, dtypes = ((512, 64), (1184, 64), (512,)), ("bfloat16", "float32", "int32")
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    loss = functools.partial(lm_head_loss, num_chunks=2, implementation="fused", **axes)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = 4  # for the first chunk, for the others, and two for what is set aside
+    assert text.count("@mosaic_gpu") == kernels
+
+
+@needs_mosaic
 def test_what_is_chosen_and_why():
     plain = dispatch.Head(64, 1184, 0, RowOptions(1184))
     with on_hopper():
