@@ -219,16 +219,15 @@ def load_params(run_path: Path | str, *, best: bool = False) -> SavedModel:
     return SavedModel(config, model, params, step)
 
 
-def _manager(path: Path, *, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
+def _manager(path: Path, *, keep: int) -> ocp.CheckpointManager:
     best = checkpoint_managers.BestN(
         get_metric_fn=lambda metrics: -metrics["val_loss"], n=1, keep_checkpoints_without_metrics=False
     )
     options = ocp.CheckpointManagerOptions(
-        save_interval_steps=0 if read_only else 1,
-        create=not read_only,
-        read_only=read_only,
         best_fn=lambda metrics: metrics["val_loss"],
         best_mode="min",
+        # Made in the background, a directory that cannot be made lets other threads of Orbax wait for it for minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best]),
     )
     return ocp.CheckpointManager(path.absolute(), item_names=_ITEMS, options=options)
@@ -236,7 +235,8 @@ def _manager(path: Path, *, keep: int, read_only: bool = False) -> ocp.Checkpoin
 
 @contextlib.contextmanager
 def _reading(run_path: Path) -> Iterator[ocp.CheckpointManager]:
-    with contextlib.closing(_manager(run_path / _DIRECTORY, keep=1, read_only=True)) as manager:
+    """A manager that is not to save; it writes nothing by itself, so that a run may be read while it goes on."""
+    with contextlib.closing(_manager(run_path / _DIRECTORY, keep=1)) as manager:
         yield manager
 
 

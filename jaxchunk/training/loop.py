@@ -117,7 +117,7 @@ class _Training:
         self._records = list(history.records)
         self._stretches: list[Stretch] = list(history.stretches)
         self._done = history.step  # the last step that is complete
-        self._bad_steps = next((n for n, r in enumerate(reversed(self._records)) if not r.is_bad), len(self._records))
+        self._bad_steps = 0  # in a row; no checkpoint is saved after one
         self._completed: deque[_Completed] = deque()
         self._steady_from_s = math.inf  # when clocks and power had settled
         self._validated: tuple[int, float] | None = None  # step and loss
@@ -303,6 +303,8 @@ class _Training:
         return status, reason if status == "completed" else f"{reason}; {self._how_to_go_on()}"
 
     def _how_to_go_on(self) -> str:
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
         if self._checkpoints is None or self._checkpoints.newest is None:
             return "there is no checkpoint to go on from"
         return (

@@ -49,11 +49,6 @@ class StepRecord:
         metrics = {name: math.nan for name in ("loss", "grad_norm", "lr") if record[name] is None}
         return cls(**record | metrics)
 
-    @property
-    def is_bad(self) -> bool:
-        """Whether the loss or the gradient was not finite, so that the step changed no parameter."""
-        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
-
     def line(self, total_steps: int) -> str:
         """One line for people."""
         throttled = {reason: s for reason, s in (self.throttle or {}).items() if s > 0.01 * self.step_time_s}

@@ -26,7 +26,7 @@ def programs():
 
 @pytest.fixture
 def config(tmp_path, monkeypatch, programs):
-    monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(300, 32, 2, 4, 2, 48, tie_word_embeddings=True))
+    monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(300, 32, 1, 4, 2, 48, tie_word_embeddings=True))
     compile_programs = plan.compile_programs
 
     def compile_once(config, execution, limit_bytes):
