@@ -110,8 +110,9 @@ def test_what_was_measured_survives_a_stop(stop, status, tmp_path, text):
         assert time.monotonic() < deadline_s and process.poll() is None
         time.sleep(0.1)
     process.send_signal(stop)
-    _, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == status
+    assert (b"with the same flags and --resume --out_dir" in out) == (stop != signal.SIGKILL)
     assert b"Traceback" not in errors
     lines = steps.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))

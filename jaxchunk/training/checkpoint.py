@@ -8,6 +8,7 @@ the position in it.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from jaxchunk.training.step import TrainState
 _logger = logging.getLogger("jaxchunk")
 _DIRECTORY = "checkpoints"
 _ITEMS = ("params", "optimizer", "run")
+_CLEARING_TIMEOUT_S = 10.0  # for removing what a failed save wrote
 _FORMAT = 1  # of the items; a change that older code cannot read needs a new number
 
 
@@ -132,8 +134,19 @@ class Checkpoints:
 
     def _reopen(self) -> None:
         """A manager that knows what is on the disk: after a failed save it no longer does."""
-        for unfinished in self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        deadline_s = time.monotonic() + _CLEARING_TIMEOUT_S
+        while unfinished := list(self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")):
+            for path in unfinished:
+                shutil.rmtree(path, ignore_errors=True)
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(0.01)  # other threads of a save that has failed may still be writing
+        for metrics in self._path.glob("*/metrics"):
+            try:
+                json.loads((metrics / "metrics").read_text())["val_loss"]
+            except (OSError, ValueError, KeyError):  # Orbax would not open the directory at all
+                _logger.warning("warning: the validation loss of checkpoint %s cannot be read", metrics.parent.name)
+                shutil.rmtree(metrics, ignore_errors=True)
         self._manager = _manager(self._path, keep=self._keep)
         self.newest = self._manager.latest_step()
 
@@ -200,7 +213,7 @@ def load_params(run_path: Path | str, *, best: bool = False) -> SavedModel:
     run_path = Path(run_path)
     if not saved_steps(run_path):
         raise InputError(f"{run_path} holds no checkpoint: give the directory of a run that saved one")
-    with _reading(run_path) as manager:
+    with _reading(run_path, losses=best) as manager:
         step = manager.best_step() if best else manager.latest_step()
         if step is None:
             raise InputError(f"no checkpoint in {run_path} has a validation loss: take the latest")
@@ -219,7 +232,7 @@ def load_params(run_path: Path | str, *, best: bool = False) -> SavedModel:
     return SavedModel(config, model, params, step)
 
 
-def _manager(path: Path, *, keep: int) -> ocp.CheckpointManager:
+def _manager(path: Path, *, keep: int = 1, losses: bool = True) -> ocp.CheckpointManager:
     best = checkpoint_managers.BestN(
         get_metric_fn=lambda metrics: -metrics["val_loss"], n=1, keep_checkpoints_without_metrics=False
     )
@@ -228,15 +241,16 @@ def _manager(path: Path, *, keep: int) -> ocp.CheckpointManager:
         best_mode="min",
         # Made in the background, a directory that cannot be made lets other threads of Orbax wait for it for minutes.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        lightweight_initialize=not losses,
         preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best]),
     )
     return ocp.CheckpointManager(path.absolute(), item_names=_ITEMS, options=options)
 
 
 @contextlib.contextmanager
-def _reading(run_path: Path) -> Iterator[ocp.CheckpointManager]:
+def _reading(run_path: Path, *, losses: bool = False) -> Iterator[ocp.CheckpointManager]:
     """A manager that is not to save; it writes nothing by itself, so that a run may be read while it goes on."""
-    with contextlib.closing(_manager(run_path / _DIRECTORY, keep=1)) as manager:
+    with contextlib.closing(_manager(run_path / _DIRECTORY, losses=losses)) as manager:
         yield manager
 
 

@@ -146,6 +146,16 @@ def test_another_shape_or_optimizer_is_no_such_checkpoint(tmp_path):
         restore(tmp_path, 1, like()._replace(opt_state={}))
 
 
+def test_a_damaged_validation_loss_costs_no_more_than_itself(tmp_path, caplog):
+    save(tmp_path, [1.0, 2.0, 3.0])
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text('{"val')
+    assert_same(restore(tmp_path, 3, like()).state, state(3))
+    with Checkpoints(tmp_path, keep=1, say=print) as checkpoints:
+        checkpoints.save(4, state(4), ABOUT, 4.0)
+    assert "the validation loss of checkpoint 1 cannot be read" in caplog.text
+    assert saved_steps(tmp_path) == [4, 2]
+
+
 def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
     save(tmp_path, [None])
 

@@ -143,11 +143,10 @@ def test_a_counter_that_stands_still_costs_a_second_and_not_one_a_step(config, m
         return Monitor(SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=1e9), csv_path=csv_path)
 
     monkeypatch.setattr(loop, "open_monitor", open_simulated)
-    start_s = time.perf_counter()
-    summary, steps, _ = run(dataclasses.replace(config, val_every=0))
+    _, steps, validation = run(dataclasses.replace(config, val_every=0))
     assert len(steps) == 12
     assert all(record["energy_j"] is None and record["energy_null_reason"] for record in steps)
-    assert time.perf_counter() - start_s - summary["compile_time_s"] < 8  # it once took a second for every step
+    assert validation[-1]["time_s"] < 8  # after all steps; it once took a second for every step
 
 
 def test_named_attention_that_cannot_run_is_refused(config):
