@@ -8,6 +8,7 @@ the position in it.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -95,6 +96,7 @@ class Checkpoints:
             run=ocp.args.JsonSave({"format": _FORMAT, **about}),
         )
         with self._failures_told(step):
+            self._check_room(state)
             self._pending = step
             self._manager.save(step, args=arguments, metrics=None if val_loss is None else {"val_loss": val_loss})
         self.blocked_s += time.perf_counter() - start_s
@@ -119,6 +121,13 @@ class Checkpoints:
     ) -> None:
         self.wait()
         self._manager.close()
+
+    def _check_room(self, state: TrainState) -> None:
+        """Refuses what the disk will not hold, before it is full: others write there too."""
+        needed = sum(array.nbytes for array in jax.tree.leaves(state))
+        room = shutil.disk_usage(self._path)
+        if room.total > 0 and room.free < needed:  # some file systems do not say
+            raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.3g} GB, and {room.free / 1e9:.3g} are free")
 
     @contextlib.contextmanager
     def _failures_told(self, step: int) -> Iterator[None]:

@@ -5,6 +5,7 @@ import gc
 import os
 import resource
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,20 @@ def test_a_full_disk_is_told_and_leaves_the_last_good_one(tmp_path):
         assert_same(restore(tmp_path, 1, like(size=100_000)).state, state(1, size=100_000))
         checkpoints.save(3, state(3, size=100_000), ABOUT, None)
     assert saved_steps(tmp_path) == [3] and len(said) == 1
+
+
+def test_a_disk_without_room_is_not_filled(tmp_path, monkeypatch):
+    said = []
+    with Checkpoints(tmp_path, keep=1, say=said.append) as checkpoints:
+        checkpoints.save(1, state(1), ABOUT, None)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=4000))
+        checkpoints.save(2, state(2), ABOUT, None)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
+        checkpoints.save(3, state(3), ABOUT, None)
+    assert said == [
+        "the checkpoint of step 2 could not be written: it needs 4.13e-06 GB, and 4e-06 are free; that of step 1 stays"
+    ]
+    assert saved_steps(tmp_path) == [3]
 
 
 def test_no_space_for_the_first_directory(tmp_path, monkeypatch):

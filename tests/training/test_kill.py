@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(config,
         newest, steps = saved_steps(run)[0], [record["step"] for record in read_json_lines(run / "steps.jsonl")]
         print(f"seed {seed}, {kills} killed: {steps[-1]} steps recorded, checkpoint of step {newest}")
         assert steps == list(range(1, steps[-1] + 1))
-        assert newest > steps[-1] - 2 * EVERY  # the newest may have been in the writing
+        assert newest >= steps[-1] - 2 * EVERY  # one is being written while the next steps run
     assert kills
     assert start((go_on, None)).wait(timeout=240) == 0
     assert learned(run) == learned(tmp_path / "whole")
