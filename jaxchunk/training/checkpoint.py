@@ -80,7 +80,7 @@ class Checkpoints:
         self._reopen()
 
     def save(self, step: int, state: TrainState, about: dict[str, Any], val_loss: float | None) -> None:
-        """Begins to save; returns when the state has been copied and may be donated.
+        """Begins to save, unless it is saved; returns when the state has been copied and may be donated.
 
         Args:
           step: the step whose outcome `state` is.
@@ -90,6 +90,8 @@ class Checkpoints:
         """
         start_s = time.perf_counter()
         self.wait()
+        if self.newest == step:
+            return
         arguments = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),

@@ -120,9 +120,7 @@ class _Training:
         self._bad_steps = 0  # in a row; no checkpoint is saved after one
         self._completed: deque[_Completed] = deque()
         self._steady_from_s = math.inf  # when clocks and power had settled
-        self._validated: tuple[int, float] | None = None  # step and loss
-        if history.validations:
-            self._validated = history.validations[-1]["step"], history.validations[-1]["val_loss"]
+        self._validated = history.last_validation  # step and loss
         self._flops_per_token = training_flops_per_token(qwen2.SIZES[plan.config.model], plan.config.seq_len)
         self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
 
@@ -145,7 +143,7 @@ class _Training:
             saving = {} if self._checkpoints is None else {"checkpoint_blocked_s": self._checkpoints.blocked_s}
         summary = summarize(self._records, self._stretches, self._config.tokens_per_step)
         outcome = {"status": status, "status_reason": reason, "compile_time_s": self._programs.compile_time_s}
-        validation = {} if self._validated is None else {"val_loss": self._validated[1]}
+        validation = {"val_loss": self._validated[1]} if self._validated[0] else {}
         return outcome | summary | validation | saving
 
     def _train(self) -> tuple[str, str | None]:
@@ -276,13 +274,14 @@ class _Training:
         return Checkpoints(self._run.path, keep=keep, say=self._progress.say) if keep else contextlib.nullcontext()
 
     def _save(self, state: TrainState) -> None:
-        """Begins to save the state after the last step, unless it is saved, or in doubt."""
-        if self._checkpoints is None or self._checkpoints.newest == self._done:
+        """Begins to save the state after the last step, unless it is in doubt."""
+        if self._checkpoints is None:
             return
         if self._bad_steps:
             self._progress.say(f"no checkpoint at step {self._done}: its loss or gradient is not finite")
             return
-        val_loss = None if self._validated is None or self._validated[0] != self._done else self._validated[1]
+        step, val_loss = self._validated
+        known = step == self._done and math.isfinite(val_loss)
         about = {
             "step": self._done,
             "jaxchunk": jaxchunk.__version__,
@@ -292,7 +291,7 @@ class _Training:
             "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
             "batches": self._plan.batches.get_state(),
         }
-        self._checkpoints.save(self._done, state, about, val_loss)
+        self._checkpoints.save(self._done, state, about, val_loss if known else None)
 
     def _saved_to_the_end(self, status: str, reason: str | None) -> tuple[str, str | None]:
         """How the run ended, once its last checkpoint is written; failed, where that could not be written."""

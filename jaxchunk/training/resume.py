@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ class History:
     checkpoint: Checkpoint | None = None
     records: tuple[StepRecord, ...] = ()
     stretches: tuple[Stretch, ...] = ()
-    validations: tuple[dict[str, Any], ...] = ()
+    last_validation: tuple[int, float] = (0, math.nan)  # step and loss
 
     @property
     def step(self) -> int:
@@ -85,8 +86,15 @@ def take_up(run: RunDirectory, restored: Checkpoint) -> History:
         restored,
         tuple(map(StepRecord.from_dict, run.keep_lines("steps.jsonl", lambda record: record["step"] <= done))),
         tuple(map(Stretch.from_dict, run.keep_lines("stretches.jsonl", lambda record: record["last_step"] <= done))),
-        tuple(run.keep_lines("validation.jsonl", lambda record: record["step"] <= done)),
+        _last_validation(run.keep_lines("validation.jsonl", lambda record: record["step"] <= done)),
     )
+
+
+def _last_validation(records: list[dict[str, Any]]) -> tuple[int, float]:
+    if not records:
+        return 0, math.nan
+    loss = records[-1]["val_loss"]
+    return records[-1]["step"], math.nan if loss is None else loss
 
 
 def same_run(config: TrainConfig, about: dict[str, Any]) -> TrainConfig:

@@ -92,6 +92,20 @@ def test_a_stopped_run_goes_on_to_the_bit(config, uninterrupted, monkeypatch, ca
     assert len(continued) == 2 and continued[0]["step"] == done
 
 
+def test_a_stop_while_the_last_step_is_being_saved_saves_it_once(config, monkeypatch, capsys):
+    save = Checkpoints.save
+
+    def save_and_stop(self, *arguments):
+        save(self, *arguments)
+        monkeypatch.setattr(Checkpoints, "save", save)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    assert loop.train(config)["status"] == "stopped"
+    assert saved_steps(Path(config.out_dir)) == [4]
+    assert "could not be written" not in capsys.readouterr().out
+
+
 def test_what_was_recorded_after_the_checkpoint_is_recorded_anew(config, uninterrupted):
     """As a kill leaves it: records beyond the newest checkpoint, the last of them cut."""
     loop.train(config)
@@ -334,7 +348,9 @@ def test_bad_steps_in_a_row_end_the_run_and_the_last_good_state_is_kept(config, 
 def test_a_stop_among_bad_steps_saves_nothing_in_doubt(config, monkeypatch):
     PoisonedSteps(monkeypatch, {5, 6, 7})
     stop_after(monkeypatch, 5)
-    with pytest.raises(RunFailedError, match=r"no checkpoint of step [56], the last; go on from the checkpoint of step 4"):
+    with pytest.raises(
+        RunFailedError, match=r"no checkpoint of step [56], the last; go on from the checkpoint of step 4"
+    ):
         loop.train(config)
     with pytest.raises(RunFailedError, match="at step 7, bad step 3 in a row"):
         loop.train(resumed(config))
