@@ -100,7 +100,8 @@ class Checkpoints:
         with self._failures_told(step):
             self._check_room(state)
             self._pending = step
-            self._manager.save(step, args=arguments, metrics=None if val_loss is None else {"val_loss": val_loss})
+            metrics = None if val_loss is None else {"val_loss": val_loss}
+            self._manager.save(step, args=arguments, metrics=metrics, force=True)  # Orbax is not to decide whether
         self.blocked_s += time.perf_counter() - start_s
 
     def poll(self) -> None:
