@@ -12,8 +12,8 @@ from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.plan import Plan
 
 
-def describe_run(plan: Plan, monitor: AnyMonitor, path: Path) -> str:
-    """The banner: everything that was chosen, and why."""
+def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -> str:
+    """The banner: everything that was chosen, and why. `done_steps`: where a resumed run goes on from."""
     config, dataset, programs = plan.config, plan.dataset, plan.programs
     model, device = qwen2.SIZES[config.model], jax.devices()[0]
     micro_batches = config.batch_size // programs.memory_plan.micro_batch_size
@@ -36,6 +36,7 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path) -> str:
         "memory": programs.memory_plan.describe(),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
         "compiled in": f"{programs.compile_time_s:.1f} s",
+        "checkpoints": _checkpoints(config) + (f"; resumed after step {done_steps}" if done_steps else ""),
         "output": str(path),
     }
     width = max(map(len, lines))
@@ -48,6 +49,13 @@ def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
     return (
         "the default on a CPU, which gains nothing from 16 bits" if device.platform == "cpu" else "named by the caller"
     )
+
+
+def _checkpoints(config: TrainConfig) -> str:
+    if not config.keep_checkpoints:
+        return "none"
+    often = f"every {config.checkpoint_every} steps and at the end" if config.checkpoint_every else "at the end"
+    return f"{often}; the latest {config.keep_checkpoints} and the best by validation loss are kept"
 
 
 def describe_summary(summary: dict[str, Any], figure: Path) -> str:

@@ -66,6 +66,21 @@ class TrainConfig:
     """Where config, records and figures go. Default: a new directory under runs/."""
     overwrite: bool = False
     """Replace a run that out_dir holds."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints (there is one at the end, and at a stop, in any case); 0 for that one only. The best
+    by validation loss is chosen among those at whose step there is a validation."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept: the latest, and the best by validation loss besides. 0 to save none at all."""
+    resume: bool = False
+    """Go on with the run that out_dir holds, from its newest checkpoint; without one, from the beginning. Flags that
+    change what is learned must be as they were; steps may be more."""
+    allow_changed_data: bool = False
+    """Resume although the data is not what the checkpoint was trained on."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient is NaN or infinite before the run stops. They change no parameter."""
+    deterministic: bool = False
+    """Let a GPU use operations only that give the same bits every time (and choose none by timing it), so that a
+    resumed run equals an uninterrupted one to the bit; slower. On a CPU that is so anyway: it changes nothing there."""
     record_telemetry: bool = False
     """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
     cache_dir: str | None = None
@@ -101,10 +116,10 @@ def validate(config: TrainConfig) -> None:
             raise InputError(f"--{field.name} is {value}; it must be a finite number")
     if not 0 <= config.seed < 2**63:
         raise InputError(f"--seed is {config.seed}; it must be between 0 and 2^63 - 1")
-    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches"):
+    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches", "max_bad_steps"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("val_every", "weight_decay"):
+    for name in ("val_every", "weight_decay", "checkpoint_every", "keep_checkpoints"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must not be negative")
     for name in ("lr", "grad_clip"):
@@ -123,6 +138,10 @@ def validate(config: TrainConfig) -> None:
         raise InputError(
             f"--micro_batch_size is {config.micro_batch_size}; it must divide --batch_size ({config.batch_size})"
         )
+    if config.resume and config.out_dir is None:
+        raise InputError("--resume needs --out_dir: the directory of the run to go on with")
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite exclude each other: one keeps the run in out_dir, one replaces it")
     longest = qwen2.SIZES[config.model].max_position_embeddings
     if config.seq_len > longest:
         raise InputError(f"--seq_len is {config.seq_len}; {config.model} has {longest} positions")

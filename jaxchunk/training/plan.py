@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 
 from jaxchunk import data, device_memory
@@ -27,7 +28,7 @@ class Plan:
       config: what was asked for.
       dataset: the tokens and where they come from.
       split: training and held-out windows.
-      batches: endless training batches.
+      batches: endless training batches; its state is a part of every checkpoint.
       lm_head: the loss implementation, with the reason.
       execution: how the model runs.
       attention_reason: why this attention implementation.
@@ -37,7 +38,7 @@ class Plan:
     config: TrainConfig
     dataset: data.Dataset
     split: data.Split
-    batches: Iterator[data.Batch]
+    batches: grain.DatasetIterator[data.Batch]
     lm_head: Choice
     execution: qwen2.Execution
     attention_reason: str
@@ -81,8 +82,13 @@ class Plan:
         }
 
 
-def prepare(config: TrainConfig, device: jax.Device) -> Plan:
+def prepare(config: TrainConfig, device: jax.Device, check_data: Callable[[data.Dataset], None] | None = None) -> Plan:
     """Loads the data and compiles the programs; nothing is written but caches.
+
+    Args:
+      config: the run.
+      device: where it runs.
+      check_data: raises where the data is not what it has to be, before anything is compiled.
 
     Raises:
       InputError: the data cannot be used, a named implementation cannot run, or the model does not fit.
@@ -90,6 +96,8 @@ def prepare(config: TrainConfig, device: jax.Device) -> Plan:
     model = qwen2.SIZES[config.model]
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     dataset = data.load_dataset(config.data, config.tokenizer, model.vocab_size, cache_dir, seed=config.seed)
+    if check_data is not None:
+        check_data(dataset)
     split = data.split(dataset, config.seq_len, config.val_fraction)
     try:
         head = Head(model.hidden_size, model.vocab_size)
@@ -100,5 +108,5 @@ def prepare(config: TrainConfig, device: jax.Device) -> Plan:
     execution = qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers)
     _logger.info("compiling %s ...", config.model)
     programs = compile_programs(config, execution, device_memory.limit_bytes(device))
-    batches = iter(data.train_batches(split.train, config.batch_size, config.seed))
+    batches = data.train_batches(split.train, config.batch_size, config.seed)
     return Plan(config, dataset, split, batches, lm_head, execution, reason, programs)

@@ -24,8 +24,12 @@ from jaxchunk.training.step import (
 
 
 class Programs(NamedTuple):
-    """Compiled functions, and what compiling them found out. `train_step` donates the state it is given."""
+    """Compiled functions, and what compiling them found out. `train_step` donates the state it is given.
 
+    `state` has the shape, dtype and sharding of every array of the state: what a checkpoint is restored into.
+    """
+
+    state: TrainState
     init: Callable[[PRNGKeyArray], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     eval_step: Callable[[qwen2.Params, Batch], tuple[Array, Array]]
@@ -40,18 +44,28 @@ def compile_programs(config: TrainConfig, execution: qwen2.Execution, limit_byte
       InputError: no micro-batch fits in `limit_bytes`.
     """
     start_s = time.perf_counter()
-    optimizer = make_optimizer(config)
-    init = jax.jit(lambda key: init_state(config, optimizer, key)).lower(jax.random.key(0)).compile()
+    optimizer, options = make_optimizer(config), compiler_options(config, jax.default_backend())
+    init = jax.jit(lambda key: init_state(config, optimizer, key)).lower(jax.random.key(0)).compile(options)
     state = jax.eval_shape(lambda key: init_state(config, optimizer, key), jax.random.key(0))
 
     def compile_step(micro_batch_size: int) -> jax.stages.Compiled:
         step = make_train_step(config, execution, optimizer, micro_batch_size)
-        return jax.jit(step, donate_argnums=0).lower(state, _batch(config.batch_size, config)).compile()
+        return jax.jit(step, donate_argnums=0).lower(state, _batch(config.batch_size, config)).compile(options)
 
     train_step, plan = compile_within_memory(config, compile_step, limit_bytes)
     jitted_eval = jax.jit(make_eval_step(config, execution))
-    eval_step = jitted_eval.lower(state.params, _batch(plan.micro_batch_size, config)).compile()
-    return Programs(init, train_step, eval_step, plan, time.perf_counter() - start_s)
+    eval_step = jitted_eval.lower(state.params, _batch(plan.micro_batch_size, config)).compile(options)
+    placed = jax.tree.map(lambda a, sharding: a.update(sharding=sharding), state, init.output_shardings)
+    return Programs(placed, init, train_step, eval_step, plan, time.perf_counter() - start_s)
+
+
+def compiler_options(config: TrainConfig, platform: str) -> dict[str, str | bool] | None:
+    """XLA's options for the run's programs.
+
+    `xla_gpu_deterministic_ops` and not `xla_gpu_exclude_nondeterministic_ops`: under the second, kernels are still
+    chosen by timing them, and a run that goes on in another process could get others.
+    """
+    return {"xla_gpu_deterministic_ops": True} if config.deterministic and platform == "gpu" else None
 
 
 def _batch(batch_size: int, config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:

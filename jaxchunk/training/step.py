@@ -16,7 +16,11 @@ from jaxchunk.training.config import TrainConfig
 
 
 class TrainState(NamedTuple):
-    """What a step transforms; everything that a checkpoint must hold besides the data's position."""
+    """What a step transforms; everything that a checkpoint must hold besides the data's position.
+
+    There is no random state: initial weights and the order of the data follow from the seed, and nothing in a step is
+    random. What is to be random there should follow from the seed and `step`.
+    """
 
     params: qwen2.Params
     opt_state: optax.OptState
@@ -80,7 +84,11 @@ def summed_loss(
 def make_train_step(
     config: TrainConfig, execution: qwen2.Execution, optimizer: optax.GradientTransformation, micro_batch_size: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The function `(state, batch) -> (state, metrics)` of one optimizer step; jit it with the state donated."""
+    """The function `(state, batch) -> (state, metrics)` of one optimizer step; jit it with the state donated.
+
+    A step whose loss or gradient is not finite leaves parameters and moments as they are; only counters move on, so
+    that the schedule stays the one of the step's number.
+    """
     schedule = learning_rate(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -95,11 +103,16 @@ def make_train_step(
         loss, gradients = _accumulate(loss_and_gradients, batch, micro_batch_size)
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         metrics = StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))
-        return TrainState(params, opt_state, state.step + 1), metrics
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        return jax.tree.map(lambda new, old: _updated(finite, new, old), updated, state), metrics
 
     return train_step
+
+
+def _updated(finite: Array, new: Array, old: Array) -> Array:
+    return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def _accumulate(

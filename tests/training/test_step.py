@@ -134,3 +134,17 @@ class Named:
 def test_peak_flops_are_known_or_null(kind, expected):
     assert peak_flops(Named(kind), "bfloat16") == expected
     assert peak_flops(Named(kind), "float32") is None
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter_and_no_moment():
+    optimizer = make_optimizer(CONFIG)
+    state = init_state(CONFIG, optimizer, jax.random.key(0))
+    step = jax.jit(make_train_step(CONFIG, FP32, optimizer, 4))
+    state, _ = step(state, batch())
+    token = int(batch()["tokens"][0, 0])
+    params = state.params | {"embedding": state.params["embedding"].at[token].set(jnp.inf)}
+    broken = state._replace(params=params)
+    after, metrics = step(broken, batch())
+    assert not jnp.isfinite(metrics.loss)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(broken), strict=True):
+        np.testing.assert_array_equal(new, old if jnp.issubdtype(old.dtype, jnp.floating) else old + 1)
