@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from jaxchunk import data, environment, plotting
 from jaxchunk.errors import RunFailedError
@@ -42,16 +43,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     validate(config)
     device = jax.devices()[0]
     run = RunDirectory(
-        config.out_dir or new_run_path(f"{config.model}-{config.lmhead_chunks}chunks"), overwrite=config.overwrite
+        config.out_dir or new_run_path(f"{config.model_name}-{config.lmhead_chunks}chunks"), overwrite=config.overwrite
     )
     plan = prepare(config, device)
+    start = plan.model.start(config.seed)
     record_path = run.path / "telemetry-readings.jsonl" if config.record_telemetry else None
     with run, open_monitor(device, csv_path=run.path / "telemetry.csv", record_path=record_path) as monitor:
         run.write_json("config.json", dataclasses.asdict(config))
         about = environment.describe_environment(monitor.describe())
         run.write_json("env.json", about | {"chosen": plan.choices(), "data": plan.describe_data()})
         print(banner.describe_run(plan, monitor, run.path), flush=True)
-        summary = _Training(plan, run, monitor).run()
+        summary = _Training(plan, run, monitor, start).run()
         summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
         summary["sampler_cpu_s"] = monitor.sampler_cpu_s
         summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
@@ -80,16 +82,16 @@ class _Completed:
 class _Training:
     """The state of the loop. Steps run in stretches between validations; energy is known for each."""
 
-    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor):
+    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor, start: PRNGKeyArray | qwen2.Params):
         self._config, self._programs, self._split, self._run = plan.config, plan.programs, plan.split, run
-        self._batches, self._monitor = plan.batches, monitor
+        self._batches, self._monitor, self._start = plan.batches, monitor, start
         self._records: list[StepRecord] = []
         self._completed: deque[_Completed] = deque()
         self._stretches: list[Window] = []
         self._samples: list[Samples] = []
         self._steady_from_s = math.inf  # when clocks and power had settled
         self._validation: dict[str, float] = {}
-        self._flops_per_token = training_flops_per_token(qwen2.SIZES[plan.config.model], plan.config.seq_len)
+        self._flops_per_token = training_flops_per_token(plan.model.config, plan.config.seq_len)
         self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
 
     def run(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class _Training:
             contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
         ):
             try:
-                state = self._programs.init(jax.random.key(config.seed))
+                state = self._programs.init(self._start)
                 jax.block_until_ready(state)
                 self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # nothing is known before the first tick
                 for first, last in _stretches(config.steps, config.val_every):
