@@ -119,4 +119,7 @@ def test_the_tokenizer_of_an_export_is_one_for_transformers(tmp_path):
     assert theirs.eos_token_id == tokenizer.token_to_id("<|endoftext|>")
     model = load_theirs(tmp_path / "out", torch.float32)
     assert model.generation_config.eos_token_id == theirs.eos_token_id
+    generated = model.generate(**theirs(text, return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    tokens = jnp.asarray(generated.numpy(), jnp.int32)
+    assert int(tokens[0, -1]) == int(jnp.argmax(qwen2.logits(*hf.load(tmp_path / "out"), tokens)[0, -2]))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == theirs.eos_token_id

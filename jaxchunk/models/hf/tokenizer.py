@@ -57,8 +57,16 @@ def write_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
     loaded = load_tokenizer(tokenizer)
     end = separator_id(loaded)
     if not (directory / "tokenizer_config.json").exists():
-        special = {} if end is None else {"eos_token": loaded.id_to_token(end)}
-        _write(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
+        about: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": [
+                "input_ids",
+                "attention_mask",
+            ],  # by default token types too, which no model here takes
+        }
+        if end is not None:
+            about["eos_token"] = loaded.id_to_token(end)
+        _write(directory / "tokenizer_config.json", about)
     if end is not None and not (directory / GENERATION_FILE).exists():
         _write(directory / GENERATION_FILE, {"eos_token_id": end})
     if not (directory / GENERATION_FILE).exists():
