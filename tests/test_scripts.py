@@ -55,6 +55,7 @@ def test_train_end_to_end(tmp_path, text):
         (["--lmhead_chunks", "0"], "error: --lmhead_chunks is 0; it must be at least 1"),
         (["--lmhead_impl", "pallas"], "error: --lmhead_impl: implementation='pallas' cannot run"),
         (["--data", "/no/such/file"], "/no/such/file"),
+        (["--hf_model", "/no/such/model"], "error: there is no directory /no/such/model"),
         (["--out_dir", "/dev/null/run"], "error: out_dir /dev/null/run cannot be written"),
     ],
 )

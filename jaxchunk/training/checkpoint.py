@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxchunk.errors import InputError
-from jaxchunk.models import qwen2
+from jaxchunk.models import hf, qwen2
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.step import TrainState
 
@@ -184,6 +184,11 @@ def read_about(run_path: Path, step: int) -> dict[str, Any]:
     return about
 
 
+def architecture(about: dict[str, Any]) -> qwen2.Qwen2Config:
+    """The model that a checkpoint is of; `about` is what was saved with it."""
+    return hf.parse_config(about["model"], f"the checkpoint of step {about['step']}")
+
+
 def restore(run_path: Path, step: int, like: TrainState) -> Checkpoint:
     """Reads a checkpoint.
 
@@ -231,7 +236,7 @@ def load_params(run_path: Path | str, *, best: bool = False) -> SavedModel:
             raise InputError(f"no checkpoint in {run_path} has a validation loss: take the latest")
         try:
             about = read_about(run_path, step)
-            model = qwen2.Qwen2Config(**about["model"])
+            model = architecture(about)
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             shapes = jax.tree.map(lambda shape: shape.update(sharding=device), qwen2.param_shapes(model))
             with _damage_named():

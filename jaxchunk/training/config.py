@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 from jaxchunk.errors import InputError
@@ -15,11 +16,14 @@ class TrainConfig:
 
     model: Literal["tiny", "qwen2-0.5b", "qwen2-1.5b", "qwen2-7b"] = "tiny"
     """Size of the Qwen2 model."""
+    hf_model: str | None = None
+    """A Hugging Face checkpoint to begin from instead, Qwen2, Qwen2.5 or Llama 3: a directory, or an id such as
+    Qwen/Qwen2-0.5B. It takes the place of --model."""
     data: str | None = None
     """Training text: a file, a directory, a tokenised .bin, or "synthetic" (random tokens).
     Default: the source text of this Python's standard library."""
     tokenizer: str | None = None
-    """A tokenizer.json. Default: a byte-level BPE trained on the data."""
+    """A tokenizer.json. Default: the one of --hf_model; without it, a byte-level BPE trained on the data."""
     lmhead_chunks: int = 4
     """Token chunks in which the LM head runs, in each micro-batch."""
     lmhead_impl: str | None = None
@@ -47,7 +51,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global norm of the gradient; larger ones are scaled down."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights (but for --hf_model) and of the order of the data."""
     compute_dtype: Literal["bfloat16", "float32"] = "float32"
     """Dtype of activations and GEMM operands; parameters and optimizer state are float32."""
     attention: Literal["cudnn", "xla"] | None = None
@@ -85,6 +89,11 @@ class TrainConfig:
     """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
     cache_dir: str | None = None
     """Where tokenizers and tokenised data are kept. Default: jaxchunk under the user's cache directory."""
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in the name of a run: the size, or the checkpoint without what leads there."""
+        return self.model if self.hf_model is None else Path(self.hf_model).name
 
     @property
     def tokens_per_step(self) -> int:
@@ -142,9 +151,6 @@ def validate(config: TrainConfig) -> None:
         raise InputError("--resume needs --out_dir: the directory of the run to go on with")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite exclude each other: one keeps the run in out_dir, one replaces it")
-    longest = qwen2.SIZES[config.model].max_position_embeddings
-    if config.seq_len > longest:
-        raise InputError(f"--seq_len is {config.seq_len}; {config.model} has {longest} positions")
     try:
         choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -13,11 +12,11 @@ import jax
 import jaxchunk
 from jaxchunk import data, environment, plotting
 from jaxchunk.errors import RunFailedError
-from jaxchunk.models import qwen2
+from jaxchunk.models import hf, qwen2
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, open_monitor
 from jaxchunk.training import banner, resume
-from jaxchunk.training.checkpoint import Checkpoints
+from jaxchunk.training.checkpoint import Checkpoint, Checkpoints
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
 from jaxchunk.training.plan import Plan, prepare
@@ -46,20 +45,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     validate(config)
     device = jax.devices()[0]
-    if (about := resume.find(config)) is None:
-        check_data = None
-    else:
+    if (about := resume.find(config)) is not None:
         config = resume.same_run(config, about)
-        check_data = functools.partial(resume.check_data, config, about)
-    path = config.out_dir or new_run_path(f"{config.model}-{config.lmhead_chunks}chunks")
+    path = config.out_dir or new_run_path(f"{config.model_name}-{config.lmhead_chunks}chunks")
     run = RunDirectory(path, overwrite=config.overwrite or config.resume, go_on=about is not None)
-    plan = prepare(config, device, check_data)
+    plan = prepare(config, device, about)
     restored = None if about is None else resume.restore(run.path, plan.programs.state)
+    state = _first_state(plan, restored)
     with run:
         history = History() if restored is None else resume.take_up(run, restored)
         with _watching(run, plan, history, device) as monitor:
             print(banner.describe_run(plan, monitor, run.path, history.step), flush=True)
-            summary = _Training(plan, run, monitor, history).run()
+            summary = _Training(plan, run, monitor, history).run(state)
             summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
             summary["sampler_cpu_s"] = monitor.sampler_cpu_s
             summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
@@ -69,6 +66,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if summary["status"] == "failed":
         raise RunFailedError(summary["status_reason"])
     return summary
+
+
+def _first_state(plan: Plan, restored: Checkpoint | None) -> TrainState:
+    """The state that training begins with; a restored one comes with its place in the data."""
+    if restored is None:
+        return plan.programs.init(plan.model.start(plan.config.seed))
+    plan.batches.set_state(restored.about["batches"])
+    return restored.state
 
 
 @contextlib.contextmanager
@@ -121,11 +126,11 @@ class _Training:
         self._completed: deque[_Completed] = deque()
         self._steady_from_s = math.inf  # when clocks and power had settled
         self._validated = history.last_validation  # step and loss
-        self._flops_per_token = training_flops_per_token(qwen2.SIZES[plan.config.model], plan.config.seq_len)
+        self._flops_per_token = training_flops_per_token(plan.model.config, plan.config.seq_len)
         self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
 
-    def run(self) -> dict[str, Any]:
-        """Trains to the end, a stop or bad steps; returns the summary of what was done."""
+    def run(self, state: TrainState) -> dict[str, Any]:
+        """Trains `state` to the end, a stop or bad steps; returns the summary of what was done."""
         with (
             Progress(self._config.steps, self._done) as self._progress,
             contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
@@ -133,7 +138,7 @@ class _Training:
             StopRequest() as self._stop,
         ):
             try:
-                status, reason = self._train()
+                status, reason = self._train(state)
             except KeyboardInterrupt:
                 status, reason = "interrupted", f"interrupted after {self._done} steps; {self._how_to_go_on()}"
             except _BadStepsError as error:
@@ -146,10 +151,9 @@ class _Training:
         validation = {"val_loss": self._validated[1]} if self._validated[0] else {}
         return outcome | summary | validation | saving
 
-    def _train(self) -> tuple[str, str | None]:
+    def _train(self, state: TrainState) -> tuple[str, str | None]:
         """All steps that are left, or those before a stop; returns how it ended."""
         config = self._config
-        state = self._first_state()
         jax.block_until_ready(state)
         self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # nothing is known before the first tick
         for first, last in _stretches(self._done, config):
@@ -163,12 +167,6 @@ class _Training:
                 status = "interrupted" if stopped_by == "SIGINT" else "stopped"
                 return self._saved_to_the_end(status, f"{status} by {stopped_by} after {self._done} steps")
         return self._saved_to_the_end("completed", None)
-
-    def _first_state(self) -> TrainState:
-        if self._history.checkpoint is None:
-            return self._programs.init(jax.random.key(self._config.seed))
-        self._plan.batches.set_state(self._history.checkpoint.about["batches"])
-        return self._history.checkpoint.state
 
     def _train_stretch(self, state: TrainState, first: int, last: int) -> TrainState:
         """Runs steps `first` to `last`; the device always has the next step before the last one's metrics are read."""
@@ -286,7 +284,7 @@ class _Training:
             "step": self._done,
             "jaxchunk": jaxchunk.__version__,
             "config": dataclasses.asdict(self._config),
-            "model": dataclasses.asdict(qwen2.SIZES[self._config.model]),
+            "model": hf.to_hf_config(self._plan.model.config, "float32"),
             "micro_batch_size": self._programs.memory_plan.micro_batch_size,
             "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
             "batches": self._plan.batches.get_state(),

@@ -107,6 +107,7 @@ def same_run(config: TrainConfig, about: dict[str, Any]) -> TrainConfig:
     Raises:
       InputError: a flag would change what is learned.
     """
+    free = (*_FREE, *_BY_CONTENT, *(() if config.hf_model is None else ("model",)))  # which it takes the place of
     before = about["config"] | {"micro_batch_size": about["micro_batch_size"]}
     if config.micro_batch_size is None:
         config = dataclasses.replace(config, micro_batch_size=before["micro_batch_size"])
@@ -119,10 +120,10 @@ def same_run(config: TrainConfig, about: dict[str, Any]) -> TrainConfig:
             _logger.info("--%s is %s, was %s: the same is computed, but not to the bit", name, new, old)
         elif name == "steps":
             raise InputError(f"--resume: --steps is {new}, was {old}; it can only become larger")
-        elif name not in (*_FREE, *_BY_CONTENT):
+        elif name not in free:
             raise InputError(
-                f"--resume: --{name} is {new}, was {old}, and the run would become another one; give {old}, or "
-                "begin a new run in another --out_dir"
+                f"--resume: --{name} is {new}, was {old}, and the run would become another one; "
+                f"{'leave it out' if old is None else f'give {old}'}, or begin a new run in another --out_dir"
             )
     return config
 

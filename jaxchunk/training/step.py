@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int
 
 from jaxchunk import lm_head_loss
 from jaxchunk.data import IGNORE_INDEX, Batch
@@ -59,17 +59,21 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
 
 
-def init_state(config: TrainConfig, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
-    """Fresh parameters and optimizer state."""
-    params = qwen2.init(qwen2.SIZES[config.model], key)
+def init_state(optimizer: optax.GradientTransformation, params: qwen2.Params) -> TrainState:
+    """The state before the first step."""
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def summed_loss(
-    config: TrainConfig, execution: qwen2.Execution, params: qwen2.Params, batch: Batch, normalizer: Array
+    config: TrainConfig,
+    model: qwen2.Qwen2Config,
+    execution: qwen2.Execution,
+    params: qwen2.Params,
+    batch: Batch,
+    normalizer: Array,
 ) -> Float[Array, ""]:
     """Sum of the tokens' losses over `normalizer`, through the chunked LM head."""
-    hidden = qwen2.hidden_states(qwen2.SIZES[config.model], params, jnp.asarray(batch["tokens"]), execution)
+    hidden = qwen2.hidden_states(model, params, jnp.asarray(batch["tokens"]), execution)
     return lm_head_loss(
         hidden,
         qwen2.lm_head_weight(params),
@@ -82,7 +86,11 @@ def summed_loss(
 
 
 def make_train_step(
-    config: TrainConfig, execution: qwen2.Execution, optimizer: optax.GradientTransformation, micro_batch_size: int
+    config: TrainConfig,
+    model: qwen2.Qwen2Config,
+    execution: qwen2.Execution,
+    optimizer: optax.GradientTransformation,
+    micro_batch_size: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The function `(state, batch) -> (state, metrics)` of one optimizer step; jit it with the state donated.
 
@@ -96,7 +104,7 @@ def make_train_step(
         normalizer = jnp.sum(batch["labels"] != IGNORE_INDEX)
 
         def loss_and_gradients(part: Batch) -> tuple[Array, qwen2.Params]:
-            return jax.value_and_grad(lambda params: summed_loss(config, execution, params, part, normalizer))(
+            return jax.value_and_grad(lambda params: summed_loss(config, model, execution, params, part, normalizer))(
                 state.params
             )
 
@@ -134,12 +142,12 @@ def _accumulate(
 
 
 def make_eval_step(
-    config: TrainConfig, execution: qwen2.Execution
+    config: TrainConfig, model: qwen2.Qwen2Config, execution: qwen2.Execution
 ) -> Callable[[qwen2.Params, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
     """The function `(params, batch) -> (sum of token losses, number of tokens)`."""
 
     def eval_step(params: qwen2.Params, batch: Batch) -> tuple[Array, Array]:
-        loss = summed_loss(config, execution, params, batch, jnp.float32(1.0))
+        loss = summed_loss(config, model, execution, params, batch, jnp.float32(1.0))
         return loss, jnp.sum(batch["labels"] != IGNORE_INDEX)
 
     return eval_step

@@ -29,10 +29,10 @@ def config(tmp_path, monkeypatch, programs):
     monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(300, 32, 1, 4, 2, 48, tie_word_embeddings=True))
     compile_programs = plan.compile_programs
 
-    def compile_once(config, execution, limit_bytes):
-        key = dataclasses.replace(config, **UNCOMPILED), execution, limit_bytes
+    def compile_once(config, model, execution, limit_bytes):
+        key = dataclasses.replace(config, **UNCOMPILED), model, execution, limit_bytes
         if key not in programs:
-            programs[key] = compile_programs(config, execution, limit_bytes)
+            programs[key] = compile_programs(config, model, execution, limit_bytes)
         return programs[key]
 
     monkeypatch.setattr(plan, "compile_programs", compile_once)
