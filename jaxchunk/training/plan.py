@@ -84,7 +84,7 @@ class Plan:
             "tokens_sha256": dataset.sha256,
             "corpus_sha256": dataset.corpus_sha256,
             "corpus_bytes": dataset.num_bytes,
-            "tokenizer": dataset.tokenizer_path,
+            "tokenizer": None if dataset.tokenizer_path is None else str(dataset.tokenizer_path.absolute()),
         }
 
 

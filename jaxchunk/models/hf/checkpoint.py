@@ -20,6 +20,9 @@ from jaxchunk.models.hf.tokenizer import check_tokenizer, tokenizer_path, write_
 from jaxchunk.models.hf.weights import check_params, read_params, write_params
 from jaxchunk.models.qwen2 import Params, Qwen2Config
 
+MAX_SHARD_SIZE = 5_000_000_000
+"""Bytes in a safetensors file at most, where nothing else is said; as in transformers 4."""
+
 
 def load(directory_or_id: str | Path, dtype: DTypeLike | None = None) -> tuple[Qwen2Config, Params]:
     """Loads a checkpoint of Qwen2, Qwen2.5 or Llama 3.
@@ -50,7 +53,7 @@ def save(
     *,
     tokenizer: str | Path | None = None,
     dtype: DTypeLike | None = None,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Writes a directory that `load` and transformers read; whole or not at all.
 
