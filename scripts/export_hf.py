@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+import jax
 import tyro
 
 from jaxchunk.errors import reported_errors
@@ -31,6 +32,7 @@ class ExportConfig:
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the run may still have the GPU
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a checkpoint is opened for reading only
     config = tyro.cli(ExportConfig, description=__doc__, use_underscores=True)
     with reported_errors():

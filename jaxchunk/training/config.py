@@ -72,7 +72,8 @@ class TrainConfig:
     """Replace a run that out_dir holds."""
     checkpoint_every: int = 500
     """Steps between checkpoints (there is one at the end, and at a stop, in any case); 0 for that one only. The best
-    by validation loss is chosen among those at whose step there is a validation."""
+    by validation loss is chosen among those at whose step there is a validation. Each has 12 bytes a parameter: 6 GB
+    for qwen2-0.5b."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept: the latest, and the best by validation loss besides. 0 to save none at all."""
     resume: bool = False
@@ -83,8 +84,9 @@ class TrainConfig:
     max_bad_steps: int = 3
     """Steps in a row whose loss or gradient is NaN or infinite before the run stops. They change no parameter."""
     deterministic: bool = False
-    """Let a GPU use operations only that give the same bits every time (and choose none by timing it), so that a
-    resumed run equals an uninterrupted one to the bit; slower. On a CPU that is so anyway: it changes nothing there."""
+    """Ask XLA on a GPU for operations that give the same bits every time (and to choose none by timing it); slower. A
+    resumed run is then meant to equal an uninterrupted one to the bit, which has not been tried on a GPU yet. On a CPU
+    that is so anyway: it changes nothing there."""
     record_telemetry: bool = False
     """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
     cache_dir: str | None = None

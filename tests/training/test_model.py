@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -148,3 +149,22 @@ def test_tokens_of_a_larger_vocabulary_are_refused(config, tmp_path):
     )
     data.write_tokens(tmp_path / "tokens.bin", np.arange(2000) % 300, 300)
     assert len(losses(dataclasses.replace(config, data=str(tmp_path / "tokens.bin")))) == 2
+
+
+def test_a_run_goes_on_without_the_directory_that_it_began_from(config, checkpoint, tokenizer, capsys):
+    """To the bit; only the tokenizer is needed again, and the flag must still be the same."""
+    config = dataclasses.replace(config, steps=3, checkpoint_every=2)
+    whole = losses(config)
+    path = Path(config.out_dir)
+    shutil.rmtree(path / "checkpoints" / "3")
+    shutil.rmtree(checkpoint)
+    config = dataclasses.replace(config, resume=True)
+    with pytest.raises(
+        InputError, match=r"--hf_model .*checkpoint is gone, and with it its tokenizer.json, .*--tokenizer"
+    ):
+        loop.train(config)
+    with pytest.raises(InputError, match=r"--hf_model is None, was .*checkpoint, and the run would become another one"):
+        loop.train(dataclasses.replace(config, hf_model=None))
+    capsys.readouterr()
+    assert losses(dataclasses.replace(config, tokenizer=str(tokenizer), model="qwen2-0.5b")) == whole
+    assert "checkpoint, weights of step 2, 0.0 M parameters" in capsys.readouterr().out
