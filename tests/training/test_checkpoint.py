@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxchunk.errors import InputError
-from jaxchunk.models import qwen2
+from jaxchunk.models import hf, qwen2
 from jaxchunk.training import checkpoint
 from jaxchunk.training.checkpoint import Checkpoints, Unreadable, load_params, restore, saved_steps
 from jaxchunk.training.config import TrainConfig
@@ -241,7 +241,8 @@ def test_no_space_for_the_first_directory(tmp_path, monkeypatch):
 def test_parameters_of_a_run_for_other_programs(tmp_path):
     model = qwen2.Qwen2Config(97, 32, 2, 4, 2, 48, tie_word_embeddings=True)
     config = TrainConfig(seed=5)
-    about = {"config": dataclasses.asdict(config) | {"of_a_later_version": 1}, "model": dataclasses.asdict(model)}
+    flags = dataclasses.asdict(config) | {"of_a_later_version": 1}
+    about = {"step": 1, "config": flags, "model": hf.to_hf_config(model, "float32")}
 
     def params(value):
         return jax.tree.map(

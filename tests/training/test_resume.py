@@ -358,7 +358,11 @@ def test_a_stop_among_bad_steps_saves_nothing_in_doubt(config, monkeypatch):
 
 
 def test_no_energy_is_attributed_to_the_time_between_two_processes(config, monkeypatch):
-    """300 W by a simulated counter that goes on while no process runs."""
+    """300 W by a simulated counter that goes on while no process runs.
+
+    The stretches are long, one a process: on a busy machine the counter is read late, and a short one's energy is null.
+    """
+    config = dataclasses.replace(config, checkpoint_every=0, val_every=0)
     train_batches = data.train_batches
 
     class SlowBatches:
@@ -367,7 +371,7 @@ def test_no_energy_is_attributed_to_the_time_between_two_processes(config, monke
             self.get_state, self.set_state = self.batches.get_state, self.batches.set_state
 
         def __next__(self):
-            time.sleep(0.05)
+            time.sleep(0.1)
             return next(self.batches)
 
     def open_simulated(jax_device, *, csv_path, append_csv, record_path=None):
@@ -380,7 +384,7 @@ def test_no_energy_is_attributed_to_the_time_between_two_processes(config, monke
     first = loop.train(config)
     time.sleep(1.0)
     summary = loop.train(resumed(config))
-    assert summary["energy_j"] == pytest.approx(300.0 * summary["training_time_s"], rel=0.05)
+    assert summary["energy_j"] == pytest.approx(300.0 * summary["training_time_s"], rel=0.1)
     assert summary["energy_j"] > first["energy_j"]
     assert summary["training_time_s"] == pytest.approx(sum(r["step_time_s"] for r in lines(config, "steps.jsonl")))
     assert summary["power_w_mean"] == pytest.approx(300.0) and summary["power_w_std"] == pytest.approx(0.0, abs=1e-3)

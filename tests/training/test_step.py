@@ -131,8 +131,8 @@ def test_peak_flops_are_known_or_null(kind, expected):
 
 def test_a_step_that_is_not_finite_changes_no_parameter_and_no_moment():
     optimizer = make_optimizer(CONFIG)
-    state = init_state(CONFIG, optimizer, jax.random.key(0))
-    step = jax.jit(make_train_step(CONFIG, FP32, optimizer, 4))
+    state = init_state(optimizer, qwen2.init(MODEL, jax.random.key(0)))
+    step = jax.jit(make_train_step(CONFIG, MODEL, FP32, optimizer, 4))
     state, _ = step(state, batch())
     token = int(batch()["tokens"][0, 0])
     params = state.params | {"embedding": state.params["embedding"].at[token].set(jnp.inf)}
