@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -16,6 +17,7 @@ from typing import IO, Any
 from jaxchunk.errors import InputError, RunFailedError
 
 _MARKER = ".jaxchunk-run"  # a name that nothing else uses: only a directory that has it is ever cleared
+_HISTORY = "run.json"  # when the run was begun and gone on with
 
 
 class RunDirectory:
@@ -94,15 +96,73 @@ class RunDirectory:
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}); choose another out_dir, or --overwrite") from None
 
+    @property
+    def beginnings(self) -> int:
+        """How often this run was begun or gone on with so far."""
+        return 0 if (began := self.read_json(_HISTORY)) is None else 1 + len(began["continued"])
+
+    def begin(self, config: dict[str, Any], environment: dict[str, Any], **about: Any) -> float:
+        """Writes down that the run begins (`config.json`, `env.json`, `run.json`), or goes on (`run.json`).
+
+        Args:
+          config: every flag.
+          environment: what describes the machine and what was chosen.
+          about: goes into `run.json`, of a beginning for good and of a continuation under its time.
+
+        Returns:
+          Seconds since the run was first begun.
+        """
+        began, now_s = self.read_json(_HISTORY), time.time()
+        if began is None:
+            began = {**about, "began_unix_s": now_s, "continued": []}
+            self.write_json("config.json", config)
+            self.write_json("env.json", environment)
+        else:
+            began["continued"].append({"unix_s": now_s, **about, "config": config, "env": environment})
+        self.write_json(_HISTORY, began)
+        return now_s - float(began["began_unix_s"])
+
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Appends one line to the JSON-lines file `name`; it is with the operating system before this returns.
+        """Appends one line to the JSON-lines file `name`, or nothing: it is with the operating system afterwards.
 
         NaN and infinities, which JSON does not have, become null.
         """
+        path = self.path / name
         with self._writing(name):
             if name not in self._streams:
-                self._streams[name] = (self.path / name).open("a", buffering=1)
-            self._streams[name].write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                self._streams[name] = path.open("a", buffering=1)
+            size = os.fstat(self._streams[name].fileno()).st_size
+            try:
+                self._streams[name].write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            except OSError:
+                self._forget(name)
+                os.truncate(path, size)  # part of the line may be there
+                raise
+
+    def keep_lines(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Cuts the JSON-lines file `name` before the first record that is not to be kept; returns those before it."""
+        path = self.path / name
+        kept, size = [], 0
+        if not path.exists():
+            return []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or not keep(record):
+                break
+            kept.append(record)
+            size += len(line)
+        self._forget(name)
+        with self._writing(name):
+            os.truncate(path, size)
+        return kept
+
+    def _forget(self, name: str) -> None:
+        if stream := self._streams.pop(name, None):
+            with contextlib.suppress(OSError):  # it tries what was refused once more
+                stream.close()
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -110,9 +170,6 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            if stream := self._streams.pop(name, None):
-                with contextlib.suppress(OSError):  # it tries what was refused once more
-                    stream.close()
             reason = error.strerror or error
             raise RunFailedError(f"{self.path / name} cannot be written: {reason}; what was there is kept") from None
 

@@ -16,7 +16,8 @@ from jaxchunk.training.loop import train
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("jaxchunk").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is kept as well as a person's
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a page for what we say in a line
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training begins, which saves first
     device_memory.allocate_as_needed(os.environ)
     default = default_config(jax.default_backend())
     config = tyro.cli(TrainConfig, default=default, description=__doc__, use_underscores=True)

@@ -40,7 +40,8 @@ def test_train_end_to_end(tmp_path, text):
     assert steps[0]["energy_j"] is None
     assert "no GPU to measure" in steps[0]["energy_null_reason"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        ".jaxchunk-run", "config.json", "env.json", "steps.jsonl", "validation.jsonl", "summary.json", "training.png",
+        ".jaxchunk-run", "config.json", "env.json", "run.json", "steps.jsonl", "stretches.jsonl", "validation.jsonl",
+        "summary.json", "training.png", "checkpoints",
     }  # fmt: skip
     again = run_script("train.py", *flags, "--out_dir", tmp_path / "run")
     assert again.returncode == 2
@@ -54,6 +55,7 @@ def test_train_end_to_end(tmp_path, text):
         (["--lmhead_chunks", "0"], "error: --lmhead_chunks is 0; it must be at least 1"),
         (["--lmhead_impl", "pallas"], "error: --lmhead_impl: implementation='pallas' cannot run"),
         (["--data", "/no/such/file"], "/no/such/file"),
+        (["--hf_model", "/no/such/model"], "error: there is no directory /no/such/model"),
         (["--out_dir", "/dev/null/run"], "error: out_dir /dev/null/run cannot be written"),
     ],
 )
@@ -97,7 +99,7 @@ def test_bench_end_to_end(tmp_path):
     assert run_script("bench_lm_head.py", "--chunks", "0").returncode == 2
 
 
-@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_what_was_measured_survives_a_stop(stop, status, tmp_path, text):
     flags = ["--data", text, "--cache_dir", tmp_path / "cache", "--seq_len", "32", "--steps", "100000"]
     command = [sys.executable, SCRIPTS / "train.py", *flags, "--out_dir", tmp_path / "run"]
@@ -109,8 +111,9 @@ def test_what_was_measured_survives_a_stop(stop, status, tmp_path, text):
         assert time.monotonic() < deadline_s and process.poll() is None
         time.sleep(0.1)
     process.send_signal(stop)
-    _, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == status
+    assert (b"with the same flags and --resume --out_dir" in out) == (stop != signal.SIGKILL)
     assert b"Traceback" not in errors
     lines = steps.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))

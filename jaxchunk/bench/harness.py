@@ -188,26 +188,19 @@ def is_complete(path: Path, repeats: int) -> bool:
 @contextlib.contextmanager
 def _watching(directory: RunDirectory, benchmark: Benchmark) -> Iterator[AnyMonitor]:
     """A started monitor, with its times counted from the run's beginning, and everything about the run written down."""
-    began = directory.read_json("run.json")  # None also where a run got no further than its directory
+    number = directory.beginnings  # 0 also where a run got no further than its directory
     devices = jax.devices()[: benchmark.num_devices]
-    number = 0 if began is None else len(began["continued"]) + 1
     record_path = directory.path / f"telemetry-readings-{number}.jsonl" if benchmark.config.record_telemetry else None
     monitor = open_monitor(
         devices if len(devices) > 1 else devices[0],
         csv_path=directory.path / "telemetry.csv",
-        append_csv=began is not None,
+        append_csv=number > 0,
         record_path=record_path,
     )
     about = environment.describe_environment(monitor.describe())
-    if began is None:
-        began = {"benchmark": benchmark.name, "began_unix_s": time.time(), "continued": []}
-        directory.write_json("config.json", dataclasses.asdict(benchmark.config))
-        directory.write_json("env.json", about)
-    else:
-        began["continued"].append({"unix_s": time.time(), "env": about})
+    if number:
         _warn_of_changes(directory, about)
-    directory.write_json("run.json", began)
-    monitor.start(elapsed_s=time.time() - began["began_unix_s"])
+    monitor.start(elapsed_s=directory.begin(dataclasses.asdict(benchmark.config), about, benchmark=benchmark.name))
     try:
         yield monitor
     finally:

@@ -1,5 +1,5 @@
 """Models whose LM head is the chunked loss."""
 
-from jaxchunk.models import qwen2
+from jaxchunk.models import hf, qwen2
 
-__all__ = ["qwen2"]
+__all__ = ["hf", "qwen2"]

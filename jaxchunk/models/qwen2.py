@@ -1,7 +1,9 @@
 """Qwen2: the whole model, as functions on a pytree of parameters.
 
 A decoder of pre-norm blocks with grouped-query attention (biases on q, k and v only), rotary positions and SwiGLU
-("Qwen2 Technical Report", arXiv:2407.10671). The parameters of all blocks are stacked along a leading axis; the blocks
+("Qwen2 Technical Report", arXiv:2407.10671). Qwen2.5 is the same; Llama 3 ("The Llama 3 Herd of Models",
+arXiv:2407.21783) is the same without the biases (`attention_bias=False`), from 3.1 on with stretched rotary frequencies
+(`rope_scaling`). The parameters of all blocks are stacked along a leading axis; the blocks
 are unrolled when compiled, because a compiled loop sends every saved activation through a stacked copy in memory
 (40% of the step time on an H200). `scan_layers` buys compile time back at that price.
 
@@ -16,9 +18,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Float64, Int, PRNGKeyArray
 
 Params = dict[str, Any]
 AttentionImplementation = Literal["cudnn", "xla"]
@@ -26,8 +29,27 @@ Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """How Llama 3.1 stretches the rotary frequencies for sequences longer than it was first trained on.
+
+    Wavelengths beyond `original_max_position_embeddings / low_freq_factor` grow by `factor`, those below
+    `original_max_position_embeddings / high_freq_factor` stay, and in between the frequency is interpolated
+    (`rope_type` "llama3" of Hugging Face, whose names these are).
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(f"{self}: it needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
+
+
+@dataclasses.dataclass(frozen=True)
 class Qwen2Config:
-    """Architecture of a Qwen2 model; the names are those of Hugging Face's `config.json` where it has one.
+    """Architecture of a Qwen2 or Llama 3 model; the names are those of Hugging Face's `config.json` where it has one.
 
     Attributes:
       vocab_size: V.
@@ -41,6 +63,8 @@ class Qwen2Config:
       rms_norm_eps: added to the mean square in every RMSNorm.
       max_position_embeddings: longest sequence the model is meant for.
       initializer_range: standard deviation of the initial weights.
+      attention_bias: whether q, k and v have biases: Qwen2 has them, Llama has none.
+      rope_scaling: the stretching of the rotary frequencies; None for none.
     """
 
     vocab_size: int
@@ -54,6 +78,8 @@ class Qwen2Config:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
+    attention_bias: bool = True
+    rope_scaling: Llama3Rope | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -120,20 +146,19 @@ def param_shapes(config: Qwen2Config, dtype: DTypeLike = jnp.float32) -> Params:
     """Shapes and dtypes of the parameters; every weight maps its last-but-one dimension to its last."""
     D, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     NH, KH = D, config.num_key_value_heads * config.head_dim
-    layers = {
+    layers: dict[str, tuple[int, ...]] = {
         "attention_norm": (L, D),
         "q_weight": (L, D, NH),
-        "q_bias": (L, NH),
         "k_weight": (L, D, KH),
-        "k_bias": (L, KH),
         "v_weight": (L, D, KH),
-        "v_bias": (L, KH),
         "o_weight": (L, NH, D),
         "mlp_norm": (L, D),
         "gate_weight": (L, D, F),
         "up_weight": (L, D, F),
         "down_weight": (L, F, D),
     }
+    if config.attention_bias:
+        layers |= {"q_bias": (L, NH), "k_bias": (L, KH), "v_bias": (L, KH)}
     shapes: Params = {"embedding": (V, D), "layers": layers, "final_norm": (D,)}
     if not config.tie_word_embeddings:
         shapes["lm_head"] = (V, D)
@@ -198,12 +223,14 @@ def _attention(
     config: Qwen2Config, execution: Execution, rotation: tuple[Array, Array], x: Float[Array, "B S D"], layer: Params
 ) -> Float[Array, "B S D"]:
     B, S, _ = x.shape
-    q, k, v = (
-        (_matmul(x, layer[f"{name}_weight"]) + jnp.expand_dims(layer[f"{name}_bias"], (0, 1))).reshape(
-            B, S, -1, config.head_dim
-        )
-        for name in "qkv"
-    )
+
+    def project(name: str) -> Array:
+        projected = _matmul(x, layer[f"{name}_weight"])
+        if config.attention_bias:
+            projected += jnp.expand_dims(layer[f"{name}_bias"], (0, 1))
+        return projected.reshape(B, S, -1, config.head_dim)
+
+    q, k, v = map(project, "qkv")
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
     with jax.default_matmul_precision("highest" if x.dtype.itemsize >= 4 else "default"):  # no TF32 here either
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=execution.attention)
@@ -224,10 +251,21 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
 
 def rope_rotation(config: Qwen2Config, positions: Int[Array, " S"]) -> tuple[Array, Array]:
     """Cosines and sines of the rotary angles, each float32 [S, 1, H/2] (RoFormer, arXiv:2104.09864)."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies.reshape(1, 1, half)
+    frequencies = rope_frequencies(config).astype(np.float32)
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies.reshape(1, 1, -1)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: Qwen2Config) -> Float64[np.ndarray, " H/2"]:
+    """Radians a position by which each pair turns."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-np.arange(half) / half)
+    if config.rope_scaling is None:
+        return frequencies
+    rope = config.rope_scaling
+    turns = rope.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context
+    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return frequencies * (kept + (1 - kept) / rope.factor)
 
 
 def apply_rope(x: Float[Array, "B S N H"], rotation: tuple[Array, Array]) -> Float[Array, "B S N H"]:

@@ -13,6 +13,8 @@ from jaxchunk.run_dir import read_json_lines
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_GAP_S = 5.0  # without samples: a run that was stopped and gone on with; no line is drawn over it
+
 
 def plot_training(run_path: Path) -> Path:
     """Draws `training.png` from a run's records: loss, tokens/s, power, temperature and SM clock over time.
@@ -54,8 +56,9 @@ def _plot_telemetry(axes: list["Axes"], telemetry: dict[str, np.ndarray], step_t
         telemetry = {name: column[shown] for name, column in telemetry.items()}
     columns = (("power_w", "power (W)", VERMILION), ("temperature_c", "temperature (°C)", GREEN),
                ("sm_clock_mhz", "SM clock (MHz)", GREY))  # fmt: skip
+    after_gap = np.diff(telemetry["time_s"], prepend=telemetry["time_s"][:1]) > _GAP_S
     for axis, (name, label, color) in zip(axes, columns, strict=True):
-        axis.plot(telemetry["time_s"], telemetry[name], color=color, linewidth=0.7)
+        axis.plot(telemetry["time_s"], np.where(after_gap, np.nan, telemetry[name]), color=color, linewidth=0.7)
         axis.set_ylabel(label)
 
 

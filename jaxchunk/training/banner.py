@@ -9,20 +9,22 @@ import jaxchunk
 from jaxchunk.models import qwen2
 from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.model import Model
 from jaxchunk.training.plan import Plan
 
 
-def describe_run(plan: Plan, monitor: AnyMonitor, path: Path) -> str:
-    """The banner: everything that was chosen, and why."""
+def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -> str:
+    """The banner: everything that was chosen, and why. `done_steps`: where a resumed run goes on from."""
     config, dataset, programs = plan.config, plan.dataset, plan.programs
-    model, device = qwen2.SIZES[config.model], jax.devices()[0]
+    model, device = plan.model.config, jax.devices()[0]
     micro_batches = config.batch_size // programs.memory_plan.micro_batch_size
     chunk_rows, chunks = plan.lm_head_rows
     tied = "tied to the embedding" if model.tie_word_embeddings else "untied"
     lines = {
         "jaxchunk": f"{jaxchunk.__version__}, JAX {jax.__version__}",
         "device": f"{device.device_kind} ({device.platform}), 1 of {jax.device_count()}",
-        "model": f"{config.model}, {qwen2.num_params(model) / 1e6:.1f} M parameters, LM head {tied}",
+        "model": f"{config.model_name}, {_origin(plan.model, done_steps)}, "
+        f"{qwen2.num_params(model) / 1e6:.1f} M parameters, LM head {tied}",
         "dtypes": f"parameters and optimizer float32; activations and GEMMs {config.compute_dtype} "
         f"({_dtype_reason(config, device)}); norms, softmax and loss statistics float32",
         "data": f"{dataset.description}; {len(dataset.tokens):,} tokens, vocabulary {dataset.vocab_size}, "
@@ -36,10 +38,17 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path) -> str:
         "memory": programs.memory_plan.describe(),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
         "compiled in": f"{programs.compile_time_s:.1f} s",
+        "checkpoints": _checkpoints(config) + (f"; resumed after step {done_steps}" if done_steps else ""),
         "output": str(path),
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+
+
+def _origin(model: Model, done_steps: int) -> str:
+    if done_steps:
+        return f"weights of step {done_steps}"
+    return "random weights" if model.checkpoint is None else f"weights from {model.checkpoint}"
 
 
 def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
@@ -48,6 +57,13 @@ def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
     return (
         "the default on a CPU, which gains nothing from 16 bits" if device.platform == "cpu" else "named by the caller"
     )
+
+
+def _checkpoints(config: TrainConfig) -> str:
+    if not config.keep_checkpoints:
+        return "none"
+    often = f"every {config.checkpoint_every} steps and at the end" if config.checkpoint_every else "at the end"
+    return f"{often}; the latest {config.keep_checkpoints} and the best by validation loss are kept"
 
 
 def describe_summary(summary: dict[str, Any], figure: Path) -> str:

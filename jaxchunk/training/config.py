@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 from jaxchunk.errors import InputError
@@ -15,11 +16,14 @@ class TrainConfig:
 
     model: Literal["tiny", "qwen2-0.5b", "qwen2-1.5b", "qwen2-7b"] = "tiny"
     """Size of the Qwen2 model."""
+    hf_model: str | None = None
+    """A Hugging Face checkpoint to begin from instead, Qwen2, Qwen2.5 or Llama 3: a directory, or an id such as
+    Qwen/Qwen2-0.5B. It takes the place of --model."""
     data: str | None = None
     """Training text: a file, a directory, a tokenised .bin, or "synthetic" (random tokens).
     Default: the source text of this Python's standard library."""
     tokenizer: str | None = None
-    """A tokenizer.json. Default: a byte-level BPE trained on the data."""
+    """A tokenizer.json. Default: the one of --hf_model; without it, a byte-level BPE trained on the data."""
     lmhead_chunks: int = 4
     """Token chunks in which the LM head runs, in each micro-batch."""
     lmhead_impl: str | None = None
@@ -47,7 +51,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global norm of the gradient; larger ones are scaled down."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights (but for --hf_model) and of the order of the data."""
     compute_dtype: Literal["bfloat16", "float32"] = "float32"
     """Dtype of activations and GEMM operands; parameters and optimizer state are float32."""
     attention: Literal["cudnn", "xla"] | None = None
@@ -66,10 +70,32 @@ class TrainConfig:
     """Where config, records and figures go. Default: a new directory under runs/."""
     overwrite: bool = False
     """Replace a run that out_dir holds."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints (there is one at the end, and at a stop, in any case); 0 for that one only. The best
+    by validation loss is chosen among those at whose step there is a validation. Each has 12 bytes a parameter: 6 GB
+    for qwen2-0.5b."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept: the latest, and the best by validation loss besides. 0 to save none at all."""
+    resume: bool = False
+    """Go on with the run that out_dir holds, from its newest checkpoint; without one, from the beginning. Flags that
+    change what is learned must be as they were; steps may be more."""
+    allow_changed_data: bool = False
+    """Resume although the data is not what the checkpoint was trained on."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient is NaN or infinite before the run stops. They change no parameter."""
+    deterministic: bool = False
+    """Ask XLA on a GPU for operations that give the same bits every time (and to choose none by timing it); slower. A
+    resumed run is then meant to equal an uninterrupted one to the bit, which has not been tried on a GPU yet. On a CPU
+    that is so anyway: it changes nothing there."""
     record_telemetry: bool = False
     """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
     cache_dir: str | None = None
     """Where tokenizers and tokenised data are kept. Default: jaxchunk under the user's cache directory."""
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in the name of a run: the size, or the checkpoint without what leads there."""
+        return self.model if self.hf_model is None else Path(self.hf_model).name
 
     @property
     def tokens_per_step(self) -> int:
@@ -101,10 +127,10 @@ def validate(config: TrainConfig) -> None:
             raise InputError(f"--{field.name} is {value}; it must be a finite number")
     if not 0 <= config.seed < 2**63:
         raise InputError(f"--seed is {config.seed}; it must be between 0 and 2^63 - 1")
-    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches"):
+    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches", "max_bad_steps"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("val_every", "weight_decay"):
+    for name in ("val_every", "weight_decay", "checkpoint_every", "keep_checkpoints"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must not be negative")
     for name in ("lr", "grad_clip"):
@@ -123,9 +149,10 @@ def validate(config: TrainConfig) -> None:
         raise InputError(
             f"--micro_batch_size is {config.micro_batch_size}; it must divide --batch_size ({config.batch_size})"
         )
-    longest = qwen2.SIZES[config.model].max_position_embeddings
-    if config.seq_len > longest:
-        raise InputError(f"--seq_len is {config.seq_len}; {config.model} has {longest} positions")
+    if config.resume and config.out_dir is None:
+        raise InputError("--resume needs --out_dir: the directory of the run to go on with")
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite exclude each other: one keeps the run in out_dir, one replaces it")
     try:
         choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
     except ValueError as error:

@@ -8,20 +8,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
+import jaxchunk
 from jaxchunk import data, environment, plotting
 from jaxchunk.errors import RunFailedError
-from jaxchunk.models import qwen2
+from jaxchunk.models import hf, qwen2
 from jaxchunk.run_dir import RunDirectory, new_run_path
-from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, Samples, Window, open_monitor
-from jaxchunk.training import banner
+from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, open_monitor
+from jaxchunk.training import banner, resume
+from jaxchunk.training.checkpoint import Checkpoint, Checkpoints
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
 from jaxchunk.training.plan import Plan, prepare
 from jaxchunk.training.progress import Progress
-from jaxchunk.training.records import WARMUP_STEPS, StepRecord, step_record, summarize
-from jaxchunk.training.step import StepMetrics
+from jaxchunk.training.records import WARMUP_STEPS, Stretch, step_record, stretch_record, summarize
+from jaxchunk.training.resume import History
+from jaxchunk.training.step import StepMetrics, TrainState
+from jaxchunk.training.stop import StopRequest
 
 _TICK_TIMEOUT_S = 1.0  # how long to wait for the energy counter's next tick before and after a stretch
 
@@ -33,28 +36,30 @@ def train(config: TrainConfig) -> dict[str, Any]:
       config: the run; `default_config` gives the device's defaults.
 
     Returns:
-      What `summary.json` holds; its "status" is "completed" or "interrupted".
+      What `summary.json` holds; its "status" is "completed", "interrupted" (by Ctrl-C) or "stopped" (by SIGTERM).
 
     Raises:
-      InputError: the config, the data or the directory cannot be used.
-      RunFailedError: the loss became NaN or infinite; the summary of what was done is written.
+      InputError: the config, the data, the directory or its checkpoints cannot be used.
+      RunFailedError: the loss stayed NaN or infinite, or the last checkpoint could not be written; the summary of what
+        was done is written.
     """
     validate(config)
     device = jax.devices()[0]
-    run = RunDirectory(
-        config.out_dir or new_run_path(f"{config.model}-{config.lmhead_chunks}chunks"), overwrite=config.overwrite
-    )
-    plan = prepare(config, device)
-    record_path = run.path / "telemetry-readings.jsonl" if config.record_telemetry else None
-    with run, open_monitor(device, csv_path=run.path / "telemetry.csv", record_path=record_path) as monitor:
-        run.write_json("config.json", dataclasses.asdict(config))
-        about = environment.describe_environment(monitor.describe())
-        run.write_json("env.json", about | {"chosen": plan.choices(), "data": plan.describe_data()})
-        print(banner.describe_run(plan, monitor, run.path), flush=True)
-        summary = _Training(plan, run, monitor).run()
-        summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
-        summary["sampler_cpu_s"] = monitor.sampler_cpu_s
-        summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
+    if (about := resume.find(config)) is not None:
+        config = resume.same_run(config, about)
+    path = config.out_dir or new_run_path(f"{config.model_name}-{config.lmhead_chunks}chunks")
+    run = RunDirectory(path, overwrite=config.overwrite or config.resume, go_on=about is not None)
+    plan = prepare(config, device, about)
+    restored = None if about is None else resume.restore(run.path, plan.programs.state)
+    state = _first_state(plan, restored)
+    with run:
+        history = History() if restored is None else resume.take_up(run, restored)
+        with _watching(run, plan, history, device) as monitor:
+            print(banner.describe_run(plan, monitor, run.path, history.step), flush=True)
+            summary = _Training(plan, run, monitor, history).run(state)
+            summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+            summary["sampler_cpu_s"] = monitor.sampler_cpu_s
+            summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
         run.write_json("summary.json", summary)
         figure = plotting.plot_training(run.path)
     print(banner.describe_summary(summary, figure), flush=True)
@@ -63,8 +68,38 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
-class _NonFiniteLossError(Exception):
-    """The loss became NaN or infinite; the message says at which step."""
+def _first_state(plan: Plan, restored: Checkpoint | None) -> TrainState:
+    """The state that training begins with; a restored one comes with its place in the data."""
+    if restored is None:
+        return plan.programs.init(plan.model.start(plan.config.seed))
+    plan.batches.set_state(restored.about["batches"])
+    return restored.state
+
+
+@contextlib.contextmanager
+def _watching(run: RunDirectory, plan: Plan, history: History, device: jax.Device) -> Iterator[AnyMonitor]:
+    """A started monitor on the run's clock, which counts the time between two processes too; writes down the run."""
+    number = run.beginnings
+    readings = f"telemetry-readings-{number}.jsonl" if number else "telemetry-readings.jsonl"
+    monitor = open_monitor(
+        device,
+        csv_path=run.path / "telemetry.csv",
+        append_csv=number > 0,
+        record_path=run.path / readings if plan.config.record_telemetry else None,
+    )
+    about = environment.describe_environment(monitor.describe())
+    about |= {"chosen": plan.choices(), "data": plan.describe_data()}
+    elapsed_s = run.begin(dataclasses.asdict(plan.config), about, step=history.step)
+    recorded_s = history.stretches[-1].end_s if history.stretches else 0.0
+    monitor.start(elapsed_s=max(elapsed_s, recorded_s))  # the machine's clock may have been set back
+    try:
+        yield monitor
+    finally:
+        monitor.stop()
+
+
+class _BadStepsError(Exception):
+    """The loss or the gradient stayed NaN or infinite; the message says at which step."""
 
 
 @dataclasses.dataclass
@@ -78,44 +113,62 @@ class _Completed:
 
 
 class _Training:
-    """The state of the loop. Steps run in stretches between validations; energy is known for each."""
+    """The state of the loop. Steps run in stretches between validations and checkpoints; energy is known for each."""
 
-    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor):
-        self._config, self._programs, self._split, self._run = plan.config, plan.programs, plan.split, run
-        self._batches, self._monitor = plan.batches, monitor
-        self._records: list[StepRecord] = []
+    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor, history: History):
+        self._plan, self._config, self._programs, self._run = plan, plan.config, plan.programs, run
+        self._monitor = monitor
+        self._history = history
+        self._records = list(history.records)
+        self._stretches: list[Stretch] = list(history.stretches)
+        self._done = history.step  # the last step that is complete
+        self._bad_steps = 0  # in a row; no checkpoint is saved after one
         self._completed: deque[_Completed] = deque()
-        self._stretches: list[Window] = []
-        self._samples: list[Samples] = []
         self._steady_from_s = math.inf  # when clocks and power had settled
-        self._validation: dict[str, float] = {}
-        self._flops_per_token = training_flops_per_token(qwen2.SIZES[plan.config.model], plan.config.seq_len)
+        self._validated = history.last_validation  # step and loss
+        self._flops_per_token = training_flops_per_token(plan.model.config, plan.config.seq_len)
         self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
 
-    def run(self) -> dict[str, Any]:
-        """Trains to the end, an interrupt or a bad loss; returns the summary of what was done."""
-        config, status, reason = self._config, "completed", None
+    def run(self, state: TrainState) -> dict[str, Any]:
+        """Trains `state` to the end, a stop or bad steps; returns the summary of what was done."""
         with (
-            Progress(config.steps) as self._progress,
+            Progress(self._config.steps, self._done) as self._progress,
             contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
+            self._open_checkpoints() as self._checkpoints,
+            StopRequest() as self._stop,
         ):
             try:
-                state = self._programs.init(jax.random.key(config.seed))
-                jax.block_until_ready(state)
-                self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # nothing is known before the first tick
-                for first, last in _stretches(config.steps, config.val_every):
-                    state = self._train_stretch(state, first, last)
-                    self._validate(state.params, last)
+                status, reason = self._train(state)
             except KeyboardInterrupt:
-                status, reason = "interrupted", f"interrupted after {len(self._records)} steps"
+                status, reason = "interrupted", f"interrupted after {self._done} steps; {self._how_to_go_on()}"
+            except _BadStepsError as error:
+                status, reason = "failed", f"{error}; {self._how_to_go_on()}"
+            if status in ("interrupted", "stopped"):
                 self._progress.say(f"{reason}; what was measured is kept")
-            except _NonFiniteLossError as error:
-                status, reason = "failed", str(error)
-        summary = summarize(self._records, self._stretches, self._samples, config.tokens_per_step)
+            saving = {} if self._checkpoints is None else {"checkpoint_blocked_s": self._checkpoints.blocked_s}
+        summary = summarize(self._records, self._stretches, self._config.tokens_per_step)
         outcome = {"status": status, "status_reason": reason, "compile_time_s": self._programs.compile_time_s}
-        return outcome | summary | self._validation
+        validation = {"val_loss": self._validated[1]} if self._validated[0] else {}
+        return outcome | summary | validation | saving
 
-    def _train_stretch(self, state: Any, first: int, last: int) -> Any:
+    def _train(self, state: TrainState) -> tuple[str, str | None]:
+        """All steps that are left, or those before a stop; returns how it ended."""
+        config = self._config
+        jax.block_until_ready(state)
+        self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # nothing is known before the first tick
+        for first, last in _stretches(self._done, config):
+            state = self._train_stretch(state, first, last)
+            if self._done == config.steps or (self._done == last and _due(config.val_every, last)):
+                self._validate(state.params)
+            stopped_by = None if self._done == config.steps else self._stop.signal_name
+            if stopped_by or self._done == config.steps or _due(config.checkpoint_every, self._done):
+                self._save(state)
+            if stopped_by:
+                status = "interrupted" if stopped_by == "SIGINT" else "stopped"
+                return self._saved_to_the_end(status, f"{status} by {stopped_by} after {self._done} steps")
+        return self._saved_to_the_end("completed", None)
+
+    def _train_stretch(self, state: TrainState, first: int, last: int) -> TrainState:
         """Runs steps `first` to `last`; the device always has the next step before the last one's metrics are read."""
         start_s = self._monitor.now()
         self._monitor.attend()
@@ -123,7 +176,9 @@ class _Training:
         previous_end_s = start_s
         try:
             for step in range(first, last + 1):
-                state, metrics = self._programs.train_step(state, next(self._batches))
+                if self._stop.signal_name is not None:
+                    break
+                state, metrics = self._programs.train_step(state, next(self._plan.batches))
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
                 if len(in_flight) > 1:
@@ -131,24 +186,38 @@ class _Training:
                     self._write_records(wait=False)
             while in_flight:
                 previous_end_s = self._complete(*in_flight.popleft(), previous_end_s)
-        finally:  # an interrupt or a bad loss ends the stretch early; what was done still counts
+        finally:  # an interrupt or bad steps end the stretch early; what was done still counts
             if previous_end_s > start_s:
                 self._monitor.attend()
                 self._write_records(wait=True)
-                self._stretches.append(self._monitor.window(start_s, previous_end_s))
-                self._samples.append(self._monitor.samples(max(start_s, self._steady_from_s), previous_end_s))
-                self._monitor.forget_before(previous_end_s)
+                self._write_stretch(first, start_s, previous_end_s)
         return state
 
     def _complete(self, step: int, metrics: StepMetrics, start_s: float) -> float:
         end_s = self._watcher.wait(step)
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         self._completed.append(_Completed(step, start_s, end_s, values))
-        if step == WARMUP_STEPS:
+        self._done = step
+        if step == self._history.step + WARMUP_STEPS:
             self._steady_from_s = end_s
-        if not np.isfinite(values["loss"]):
-            raise _NonFiniteLossError(f"the loss is {values['loss']} at step {step}; the records up to it are kept")
+        if self._checkpoints is not None:
+            self._checkpoints.poll()
+        self._check_finite(step, values)
         return end_s
+
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        names = {"loss": "loss", "grad_norm": "gradient's norm"}
+        bad = next(
+            (f"the {names[key]} is {values[key]} at step {step}" for key in names if not math.isfinite(values[key])),
+            None,
+        )
+        if bad is None:
+            self._bad_steps = 0
+            return
+        self._bad_steps += 1
+        if self._bad_steps == self._config.max_bad_steps:
+            raise _BadStepsError(f"{bad}, bad step {self._bad_steps} in a row")
+        self._progress.say(f"{bad}: it changes no parameter")
 
     def _write_records(self, *, wait: bool) -> None:
         """Writes the records of completed steps whose energy is settled; with `wait`, of all of them."""
@@ -167,22 +236,91 @@ class _Training:
             )
             self._completed.popleft()
             self._records.append(record)
-            self._run.append("steps.jsonl", record.as_dict())
+            self._append("steps.jsonl", record.as_dict())
             self._progress.step(record)
 
-    def _validate(self, params: qwen2.Params, step: int) -> None:
-        batch_size = self._programs.memory_plan.micro_batch_size
-        batches = data.validation_batches(self._split.validation, batch_size, self._config.val_batches)
+    def _write_stretch(self, first: int, start_s: float, end_s: float) -> None:
+        monitor = self._monitor
+        samples = monitor.samples(max(start_s, self._steady_from_s), end_s)
+        window = monitor.window(start_s, end_s)
+        stretch = stretch_record(first, self._done, window, samples, clock_zero_s=monitor.start_s)
+        self._stretches.append(stretch)
+        self._append("stretches.jsonl", dataclasses.asdict(stretch))
+        monitor.forget_before(end_s)
+
+    def _validate(self, params: qwen2.Params) -> None:
+        step, batch_size = self._done, self._programs.memory_plan.micro_batch_size
+        batches = data.validation_batches(self._plan.split.validation, batch_size, self._config.val_batches)
         sums = [self._programs.eval_step(params, batch) for batch in batches]
         loss, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
-        self._validation = {"val_loss": loss / tokens}
+        self._validated = step, loss / tokens
         record = {"step": step, "time_s": self._monitor.now() - self._monitor.start_s, "val_loss": loss / tokens}
-        self._run.append("validation.jsonl", record | {"tokens": int(tokens)})
+        self._append("validation.jsonl", record | {"tokens": int(tokens)})
         self._progress.say(f"step {step}: validation loss {loss / tokens:.4f} over {int(tokens):,} held-out tokens")
 
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        try:
+            self._run.append(name, record)
+        except RunFailedError:
+            if self._checkpoints is None:
+                raise
+            self._checkpoints.wait()  # it may be what fills the disk, until it fails and is cleared away
+            self._run.append(name, record)
 
-def _stretches(steps: int, val_every: int) -> Iterator[tuple[int, int]]:
-    """First and last step (from 1) of each stretch between validations."""
-    length = val_every or steps
-    for first in range(1, steps + 1, length):
-        yield first, min(first + length - 1, steps)
+    def _open_checkpoints(self) -> contextlib.AbstractContextManager[Checkpoints | None]:
+        keep = self._config.keep_checkpoints
+        return Checkpoints(self._run.path, keep=keep, say=self._progress.say) if keep else contextlib.nullcontext()
+
+    def _save(self, state: TrainState) -> None:
+        """Begins to save the state after the last step, unless it is in doubt."""
+        if self._checkpoints is None:
+            return
+        if self._bad_steps:
+            self._progress.say(f"no checkpoint at step {self._done}: its loss or gradient is not finite")
+            return
+        step, val_loss = self._validated
+        known = step == self._done and math.isfinite(val_loss)
+        about = {
+            "step": self._done,
+            "jaxchunk": jaxchunk.__version__,
+            "config": dataclasses.asdict(self._config),
+            "model": hf.to_hf_config(self._plan.model.config, "float32"),
+            "micro_batch_size": self._programs.memory_plan.micro_batch_size,
+            "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
+            "batches": self._plan.batches.get_state(),
+        }
+        self._checkpoints.save(self._done, state, about, val_loss if known else None)
+
+    def _saved_to_the_end(self, status: str, reason: str | None) -> tuple[str, str | None]:
+        """How the run ended, once its last checkpoint is written; failed, where that could not be written."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+            if self._checkpoints.newest != (self._done or None):
+                return "failed", f"there is no checkpoint of step {self._done}, the last; {self._how_to_go_on()}"
+        return status, reason if status == "completed" else f"{reason}; {self._how_to_go_on()}"
+
+    def _how_to_go_on(self) -> str:
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+        if self._checkpoints is None or self._checkpoints.newest is None:
+            return "there is no checkpoint to go on from"
+        return (
+            f"go on from the checkpoint of step {self._checkpoints.newest} with the same flags and "
+            f"--resume --out_dir {self._run.path}"
+        )
+
+
+def _stretches(done: int, config: TrainConfig) -> Iterator[tuple[int, int]]:
+    """First and last step (from 1) of each stretch between validations and checkpoints, after `done` steps."""
+    while done < config.steps:
+        last = next(
+            s
+            for s in range(done + 1, config.steps + 1)
+            if s == config.steps or _due(config.val_every, s) or _due(config.checkpoint_every, s)
+        )
+        yield done + 1, last
+        done = last
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -11,6 +11,7 @@ from jaxchunk.device_memory import ProgramMemory, compile_if_it_fits, usable
 from jaxchunk.errors import InputError
 from jaxchunk.models import qwen2
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.model import Model
 
 _logger = logging.getLogger("jaxchunk")
 
@@ -33,12 +34,13 @@ class MemoryPlan:
 
 
 def compile_within_memory(
-    config: TrainConfig, compile_step: Callable[[int], jax.stages.Compiled], limit_bytes: int | None
+    config: TrainConfig, model: Model, compile_step: Callable[[int], jax.stages.Compiled], limit_bytes: int | None
 ) -> tuple[jax.stages.Compiled, MemoryPlan]:
     """Compiles the step with the largest micro-batch that fits.
 
     Args:
       config: the run; a `micro_batch_size` in it is taken as it is.
+      model: what is trained.
       compile_step: compiles the step for a micro-batch size.
       limit_bytes: what the device's allocator will hand out; None for no limit.
 
@@ -49,7 +51,7 @@ def compile_within_memory(
     if config.micro_batch_size is not None:
         candidates = [config.micro_batch_size]
     elif limit_bytes is not None:
-        fitting = [m for m in candidates if estimate_bytes(config, m) < usable(limit_bytes)]
+        fitting = [m for m in candidates if estimate_bytes(config, model.config, m) < usable(limit_bytes)]
         candidates = fitting or candidates[-1:]
     obstacle = ""
     for micro_batch_size in candidates:
@@ -60,14 +62,13 @@ def compile_within_memory(
         obstacle = f"micro-batches of {micro_batch_size} do not fit: {compiled}"
         _logger.info(obstacle)
     raise InputError(
-        f"--model {config.model} with --seq_len {config.seq_len} --lmhead_chunks {config.lmhead_chunks}: {obstacle}; "
+        f"{model.flag} with --seq_len {config.seq_len} --lmhead_chunks {config.lmhead_chunks}: {obstacle}; "
         "use a smaller --micro_batch_size, more --lmhead_chunks, or --remat full"
     )
 
 
-def estimate_bytes(config: TrainConfig, micro_batch_size: int) -> int:
+def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_size: int) -> int:
     """A first guess of the step's peak; deliberately simple, since the compiled program has the last word."""
-    model = qwen2.SIZES[config.model]
     size = 2 if config.compute_dtype == "bfloat16" else 4
     tokens = micro_batch_size * config.seq_len
     D, F, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, model.num_hidden_layers

@@ -2,18 +2,21 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 
 from jaxchunk import data, device_memory
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Choice, Head, choose_implementation, split_rows
-from jaxchunk.models import qwen2
+from jaxchunk.models import hf, qwen2
 from jaxchunk.models.attention import choose_attention
+from jaxchunk.training import resume
+from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.model import Model, choose_model, choose_tokenizer
 from jaxchunk.training.programs import Programs, compile_programs
 
 _logger = logging.getLogger("jaxchunk")
@@ -25,9 +28,10 @@ class Plan:
 
     Attributes:
       config: what was asked for.
+      model: what is trained.
       dataset: the tokens and where they come from.
       split: training and held-out windows.
-      batches: endless training batches.
+      batches: endless training batches; its state is a part of every checkpoint.
       lm_head: the loss implementation, with the reason.
       execution: how the model runs.
       attention_reason: why this attention implementation.
@@ -35,9 +39,10 @@ class Plan:
     """
 
     config: TrainConfig
+    model: Model
     dataset: data.Dataset
     split: data.Split
-    batches: Iterator[data.Batch]
+    batches: grain.DatasetIterator[data.Batch]
     lm_head: Choice
     execution: qwen2.Execution
     attention_reason: str
@@ -55,6 +60,8 @@ class Plan:
         """What was chosen where the config left it open, for `env.json`."""
         chunk_rows, chunks = self.lm_head_rows
         return {
+            "model": hf.to_hf_config(self.model.config, "float32"),
+            "checkpoint": None if self.model.checkpoint is None else str(self.model.checkpoint),
             "lmhead_impl": self.lm_head.implementation,
             "lmhead_impl_reason": self.lm_head.reason,
             "lmhead_chunks": chunks,
@@ -77,28 +84,36 @@ class Plan:
             "tokens_sha256": dataset.sha256,
             "corpus_sha256": dataset.corpus_sha256,
             "corpus_bytes": dataset.num_bytes,
-            "tokenizer": dataset.tokenizer_path,
+            "tokenizer": None if dataset.tokenizer_path is None else str(dataset.tokenizer_path.absolute()),
         }
 
 
-def prepare(config: TrainConfig, device: jax.Device) -> Plan:
+def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | None = None) -> Plan:
     """Loads the data and compiles the programs; nothing is written but caches.
 
+    Args:
+      config: the run.
+      device: where it runs.
+      about: what is known of the checkpoint to go on from; None at the beginning of a run.
+
     Raises:
-      InputError: the data cannot be used, a named implementation cannot run, or the model does not fit.
+      InputError: the model or the data cannot be used, a named implementation cannot run, or the model does not fit.
     """
-    model = qwen2.SIZES[config.model]
+    model = choose_model(config, None if about is None else architecture(about))
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    dataset = data.load_dataset(config.data, config.tokenizer, model.vocab_size, cache_dir, seed=config.seed)
+    tokenizer = choose_tokenizer(config, model)
+    dataset = data.load_dataset(config.data, tokenizer, model.config.vocab_size, cache_dir, seed=config.seed)
+    if about is not None:
+        resume.check_data(config, about, dataset)
     split = data.split(dataset, config.seq_len, config.val_fraction)
     try:
-        head = Head(model.hidden_size, model.vocab_size)
+        head = Head(model.config.hidden_size, model.config.vocab_size)
         lm_head = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype, head=head)
-        attention, reason = choose_attention(model, config.seq_len, config.compute_dtype, config.attention)
+        attention, reason = choose_attention(model.config, config.seq_len, config.compute_dtype, config.attention)
     except ValueError as error:
         raise InputError(str(error)) from None
     execution = qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers)
-    _logger.info("compiling %s ...", config.model)
-    programs = compile_programs(config, execution, device_memory.limit_bytes(device))
-    batches = iter(data.train_batches(split.train, config.batch_size, config.seed))
-    return Plan(config, dataset, split, batches, lm_head, execution, reason, programs)
+    _logger.info("compiling %s ...", config.model_name)
+    programs = compile_programs(config, model, execution, device_memory.limit_bytes(device))
+    batches = data.train_batches(split.train, config.batch_size, config.seed)
+    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs)

@@ -13,6 +13,7 @@ from jaxchunk.data import Batch
 from jaxchunk.models import qwen2
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.memory import MemoryPlan, compile_within_memory
+from jaxchunk.training.model import Model
 from jaxchunk.training.step import (
     StepMetrics,
     TrainState,
@@ -24,34 +25,56 @@ from jaxchunk.training.step import (
 
 
 class Programs(NamedTuple):
-    """Compiled functions, and what compiling them found out. `train_step` donates the state it is given."""
+    """Compiled functions, and what compiling them found out. `train_step` donates the state it is given.
 
-    init: Callable[[PRNGKeyArray], TrainState]
+    `init` takes what `Model.start` gives; parameters are donated.
+    `state` has the shape, dtype and sharding of every array of the state: what a checkpoint is restored into.
+    """
+
+    state: TrainState
+    init: Callable[[PRNGKeyArray | qwen2.Params], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     eval_step: Callable[[qwen2.Params, Batch], tuple[Array, Array]]
     memory_plan: MemoryPlan
     compile_time_s: float
 
 
-def compile_programs(config: TrainConfig, execution: qwen2.Execution, limit_bytes: int | None) -> Programs:
+def compile_programs(
+    config: TrainConfig, model: Model, execution: qwen2.Execution, limit_bytes: int | None
+) -> Programs:
     """Compiles initialisation, training step and validation step; settles the micro-batch size on the way.
 
     Raises:
       InputError: no micro-batch fits in `limit_bytes`.
     """
     start_s = time.perf_counter()
-    optimizer = make_optimizer(config)
-    init = jax.jit(lambda key: init_state(config, optimizer, key)).lower(jax.random.key(0)).compile()
-    state = jax.eval_shape(lambda key: init_state(config, optimizer, key), jax.random.key(0))
+    optimizer, options = make_optimizer(config), compiler_options(config, jax.default_backend())
+    shapes = qwen2.param_shapes(model.config)
+    if model.checkpoint is None:
+        lowered = jax.jit(lambda key: init_state(optimizer, qwen2.init(model.config, key))).lower(jax.random.key(0))
+    else:
+        lowered = jax.jit(lambda params: init_state(optimizer, params), donate_argnums=0).lower(shapes)
+    init = lowered.compile(options)
+    state = jax.eval_shape(lambda params: init_state(optimizer, params), shapes)
 
     def compile_step(micro_batch_size: int) -> jax.stages.Compiled:
-        step = make_train_step(config, execution, optimizer, micro_batch_size)
-        return jax.jit(step, donate_argnums=0).lower(state, _batch(config.batch_size, config)).compile()
+        step = make_train_step(config, model.config, execution, optimizer, micro_batch_size)
+        return jax.jit(step, donate_argnums=0).lower(state, _batch(config.batch_size, config)).compile(options)
 
-    train_step, plan = compile_within_memory(config, compile_step, limit_bytes)
-    jitted_eval = jax.jit(make_eval_step(config, execution))
-    eval_step = jitted_eval.lower(state.params, _batch(plan.micro_batch_size, config)).compile()
-    return Programs(init, train_step, eval_step, plan, time.perf_counter() - start_s)
+    train_step, plan = compile_within_memory(config, model, compile_step, limit_bytes)
+    jitted_eval = jax.jit(make_eval_step(config, model.config, execution))
+    eval_step = jitted_eval.lower(state.params, _batch(plan.micro_batch_size, config)).compile(options)
+    placed = jax.tree.map(lambda a, sharding: a.update(sharding=sharding), state, init.output_shardings)
+    return Programs(placed, init, train_step, eval_step, plan, time.perf_counter() - start_s)
+
+
+def compiler_options(config: TrainConfig, platform: str) -> dict[str, str | bool] | None:
+    """XLA's options for the run's programs.
+
+    `xla_gpu_deterministic_ops` and not `xla_gpu_exclude_nondeterministic_ops`: under the second, kernels are still
+    chosen by timing them, and a run that goes on in another process could get others.
+    """
+    return {"xla_gpu_deterministic_ops": True} if config.deterministic and platform == "gpu" else None
 
 
 def _batch(batch_size: int, config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:

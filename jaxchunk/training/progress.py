@@ -11,10 +11,12 @@ from jaxchunk.training.records import StepRecord
 class Progress:
     """Prints records as they come."""
 
-    def __init__(self, total_steps: int):
+    def __init__(self, total_steps: int, done_steps: int):
         self._total_steps = total_steps
         self._bar = (
-            tqdm(total=total_steps, unit="step", dynamic_ncols=True, file=sys.stdout) if sys.stdout.isatty() else None
+            tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
+            if sys.stdout.isatty()
+            else None
         )
 
     def step(self, record: StepRecord) -> None:

@@ -1,9 +1,10 @@
 """What a run writes down: one record a step, a summary at the end, and the lines that people read."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -41,6 +42,12 @@ class StepRecord:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Self:
+        """From a line of `steps.jsonl`, where NaN and infinities became null."""
+        metrics = {name: math.nan for name in ("loss", "grad_norm", "lr") if record[name] is None}
+        return cls(**record | metrics)
 
     def line(self, total_steps: int) -> str:
         """One line for people."""
@@ -93,24 +100,81 @@ def step_record(
     )
 
 
-def summarize(
-    records: list[StepRecord], stretches: list[Window], samples: list[Samples], tokens: int
-) -> dict[str, Any]:
+class Spread(NamedTuple):
+    """What samples of one quantity came to: how many, mean, standard deviation."""
+
+    samples: int
+    mean: float
+    std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """One line of `stretches.jsonl`: steps one after the other, with no validation and no checkpoint between them.
+
+    All stretches of a run cover its steps and nothing but steps. They are long, so their energy is known more closely
+    than the steps'. Times are of the run's clock; `power_w` and `sm_clock_mhz` leave the first steps of a process out.
+    """
+
+    first_step: int
+    last_step: int
+    start_s: float
+    end_s: float
+    energy_j: float | None
+    energy_bound_j: float | None
+    energy_source: str | None
+    energy_null_reason: str | None
+    second_energy_j: float | None
+    throttle: dict[str, float] | None
+    slow_without_reason_s: float | None
+    rails_j: dict[str, float] | None
+    power_w: Spread | None
+    sm_clock_mhz: Spread | None
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Self:
+        """From a line of `stretches.jsonl`."""
+        spreads = {name: Spread(*record[name]) for name in ("power_w", "sm_clock_mhz") if record[name] is not None}
+        return cls(**record | spreads)
+
+
+def stretch_record(
+    first_step: int, last_step: int, window: Window, samples: Samples, *, clock_zero_s: float
+) -> Stretch:
+    """The record of a stretch whose window of time is `window`, with raw samples of its steady part."""
+    return Stretch(
+        first_step=first_step,
+        last_step=last_step,
+        start_s=window.start_s - clock_zero_s,
+        end_s=window.end_s - clock_zero_s,
+        energy_j=window.energy_j,
+        energy_bound_j=window.energy_bound_j,
+        energy_source=window.energy_source,
+        energy_null_reason=window.energy_null_reason,
+        second_energy_j=None if window.cross_check is None else window.cross_check.energy_j,
+        throttle=window.throttle,
+        slow_without_reason_s=window.slow_without_reason_s,
+        rails_j=window.rails_j,
+        power_w=_spread(samples.power_w),
+        sm_clock_mhz=_spread(samples.sm_clock_mhz),
+    )
+
+
+def summarize(records: list[StepRecord], stretches: list[Stretch], tokens: int) -> dict[str, Any]:
     """Medians over the steps after the first few, and totals over the stretches of uninterrupted training.
 
     Args:
-      records: all steps.
-      stretches: windows that together cover all steps, and nothing but steps; long, so their bounds are tight.
-      samples: raw samples of power and clocks, of the steps after the first few.
+      records: all steps, those before a resumption too.
+      stretches: which together cover all steps.
       tokens: tokens in a step.
     """
     steady = records[WARMUP_STEPS:] if len(records) > 2 * WARMUP_STEPS else records
     if not steady:
         return {"steps": 0}
     seconds = [record.step_time_s for record in steady]
-    power_w = _finite(sample.power_w for sample in samples)
-    sm_clock_mhz = _finite(sample.sm_clock_mhz for sample in samples)
-    training_s = sum(window.end_s - window.start_s for window in stretches)
+    power_w = _pooled(stretch.power_w for stretch in stretches)
+    sm_clock_mhz = _pooled(stretch.sm_clock_mhz for stretch in stretches)
+    training_s = sum(stretch.end_s - stretch.start_s for stretch in stretches)
     return {
         "steps": len(records),
         "final_train_loss": statistics.fmean(record.loss for record in records[-10:]),
@@ -120,27 +184,27 @@ def summarize(
         "mfu_median": _median(record.mfu for record in steady),
         "training_time_s": training_s,
         **_energy_totals(stretches, tokens * len(records)),
-        "power_w_mean": float(power_w.mean()) if power_w.size else None,
-        "power_w_std": float(power_w.std()) if power_w.size else None,
-        "sm_clock_mhz_mean": float(sm_clock_mhz.mean()) if sm_clock_mhz.size else None,
-        "sm_clock_mhz_std": float(sm_clock_mhz.std()) if sm_clock_mhz.size else None,
+        "power_w_mean": None if power_w is None else power_w.mean,
+        "power_w_std": None if power_w is None else power_w.std,
+        "sm_clock_mhz_mean": None if sm_clock_mhz is None else sm_clock_mhz.mean,
+        "sm_clock_mhz_std": None if sm_clock_mhz is None else sm_clock_mhz.std,
         "temperature_c_max": max((r.temperature_c for r in records if r.temperature_c is not None), default=None),
-        "throttle_s": _totals(window.throttle for window in stretches),
-        "slow_without_reason_s": _total(window.slow_without_reason_s for window in stretches),
+        "throttle_s": _totals(stretch.throttle for stretch in stretches),
+        "slow_without_reason_s": _total(stretch.slow_without_reason_s for stretch in stretches),
         "energy_sources_disagree": _disagreement(stretches),
-        "rails_j": _totals(window.rails_j for window in stretches),
+        "rails_j": _totals(stretch.rails_j for stretch in stretches),
     }
 
 
-def _energy_totals(stretches: list[Window], tokens: int) -> dict[str, Any]:
-    missing = next((window.energy_null_reason for window in stretches if window.energy_j is None), None)
+def _energy_totals(stretches: list[Stretch], tokens: int) -> dict[str, Any]:
+    missing = next((stretch.energy_null_reason for stretch in stretches if stretch.energy_j is None), None)
     if missing is not None or not stretches:
         nothing = dict.fromkeys(("energy_j", "energy_bound_j", "energy_per_token_j", "energy_source"))
         return nothing | {"energy_null_reason": missing or "no step was completed"}
-    energy_j = sum(window.energy_j for window in stretches if window.energy_j is not None)
+    energy_j = sum(stretch.energy_j for stretch in stretches if stretch.energy_j is not None)
     return {
         "energy_j": energy_j,
-        "energy_bound_j": sum(window.energy_bound_j or 0.0 for window in stretches),
+        "energy_bound_j": sum(stretch.energy_bound_j or 0.0 for stretch in stretches),
         "energy_per_token_j": energy_j / tokens,
         "energy_source": stretches[0].energy_source,
         "energy_null_reason": None,
@@ -162,16 +226,28 @@ def _total(parts: Iterable[float | None]) -> float | None:
     return sum(known) if known and len(known) == len(values) else None
 
 
-def _disagreement(stretches: list[Window]) -> float | None:
+def _disagreement(stretches: list[Stretch]) -> float | None:
     """(second energy source - first) / first, over the stretches that have both."""
-    pairs = [(window.cross_check.energy_j, window.energy_j) for window in stretches if window.cross_check is not None]
+    pairs = [(s.second_energy_j, s.energy_j) for s in stretches if s.second_energy_j is not None]
     first_j = sum(first for _, first in pairs if first is not None)
     return sum(second for second, _ in pairs) / first_j - 1 if first_j else None
 
 
-def _finite(columns: Iterable[np.ndarray]) -> np.ndarray:
-    values = np.concatenate([*columns, np.empty(0)])
-    return values[np.isfinite(values)]
+def _spread(values: np.ndarray) -> Spread | None:
+    values = values[np.isfinite(values)]
+    return Spread(int(values.size), float(values.mean()), float(values.std())) if values.size else None
+
+
+def _pooled(parts: Iterable[Spread | None]) -> Spread | None:
+    """The spread of all samples together."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    counts, means, stds = map(np.array, zip(*known, strict=True))
+    mean = np.average(means, weights=counts)
+    return Spread(
+        int(counts.sum()), float(mean), float(np.sqrt(np.average(stds**2 + (means - mean) ** 2, weights=counts)))
+    )
 
 
 def _median(values: Iterable[float | None]) -> float | None:

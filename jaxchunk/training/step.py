@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int
 
 from jaxchunk import lm_head_loss
 from jaxchunk.data import IGNORE_INDEX, Batch
@@ -16,7 +16,11 @@ from jaxchunk.training.config import TrainConfig
 
 
 class TrainState(NamedTuple):
-    """What a step transforms; everything that a checkpoint must hold besides the data's position."""
+    """What a step transforms; everything that a checkpoint must hold besides the data's position.
+
+    There is no random state: initial weights and the order of the data follow from the seed, and nothing in a step is
+    random. What is to be random there should follow from the seed and `step`.
+    """
 
     params: qwen2.Params
     opt_state: optax.OptState
@@ -55,17 +59,21 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
 
 
-def init_state(config: TrainConfig, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
-    """Fresh parameters and optimizer state."""
-    params = qwen2.init(qwen2.SIZES[config.model], key)
+def init_state(optimizer: optax.GradientTransformation, params: qwen2.Params) -> TrainState:
+    """The state before the first step."""
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def summed_loss(
-    config: TrainConfig, execution: qwen2.Execution, params: qwen2.Params, batch: Batch, normalizer: Array
+    config: TrainConfig,
+    model: qwen2.Qwen2Config,
+    execution: qwen2.Execution,
+    params: qwen2.Params,
+    batch: Batch,
+    normalizer: Array,
 ) -> Float[Array, ""]:
     """Sum of the tokens' losses over `normalizer`, through the chunked LM head."""
-    hidden = qwen2.hidden_states(qwen2.SIZES[config.model], params, jnp.asarray(batch["tokens"]), execution)
+    hidden = qwen2.hidden_states(model, params, jnp.asarray(batch["tokens"]), execution)
     return lm_head_loss(
         hidden,
         qwen2.lm_head_weight(params),
@@ -78,9 +86,17 @@ def summed_loss(
 
 
 def make_train_step(
-    config: TrainConfig, execution: qwen2.Execution, optimizer: optax.GradientTransformation, micro_batch_size: int
+    config: TrainConfig,
+    model: qwen2.Qwen2Config,
+    execution: qwen2.Execution,
+    optimizer: optax.GradientTransformation,
+    micro_batch_size: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The function `(state, batch) -> (state, metrics)` of one optimizer step; jit it with the state donated."""
+    """The function `(state, batch) -> (state, metrics)` of one optimizer step; jit it with the state donated.
+
+    A step whose loss or gradient is not finite leaves parameters and moments as they are; only counters move on, so
+    that the schedule stays the one of the step's number.
+    """
     schedule = learning_rate(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -88,18 +104,23 @@ def make_train_step(
         normalizer = jnp.sum(batch["labels"] != IGNORE_INDEX)
 
         def loss_and_gradients(part: Batch) -> tuple[Array, qwen2.Params]:
-            return jax.value_and_grad(lambda params: summed_loss(config, execution, params, part, normalizer))(
+            return jax.value_and_grad(lambda params: summed_loss(config, model, execution, params, part, normalizer))(
                 state.params
             )
 
         loss, gradients = _accumulate(loss_and_gradients, batch, micro_batch_size)
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         metrics = StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))
-        return TrainState(params, opt_state, state.step + 1), metrics
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        return jax.tree.map(lambda new, old: _updated(finite, new, old), updated, state), metrics
 
     return train_step
+
+
+def _updated(finite: Array, new: Array, old: Array) -> Array:
+    return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def _accumulate(
@@ -121,12 +142,12 @@ def _accumulate(
 
 
 def make_eval_step(
-    config: TrainConfig, execution: qwen2.Execution
+    config: TrainConfig, model: qwen2.Qwen2Config, execution: qwen2.Execution
 ) -> Callable[[qwen2.Params, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
     """The function `(params, batch) -> (sum of token losses, number of tokens)`."""
 
     def eval_step(params: qwen2.Params, batch: Batch) -> tuple[Array, Array]:
-        loss = summed_loss(config, execution, params, batch, jnp.float32(1.0))
+        loss = summed_loss(config, model, execution, params, batch, jnp.float32(1.0))
         return loss, jnp.sum(batch["labels"] != IGNORE_INDEX)
 
     return eval_step

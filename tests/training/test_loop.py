@@ -11,23 +11,10 @@ import pytest
 
 from jaxchunk import data
 from jaxchunk.errors import InputError, RunFailedError
-from jaxchunk.models import qwen2
 from jaxchunk.run_dir import read_json_lines
 from jaxchunk.telemetry import Monitor, NotSupported, SimulatedDevice
 from jaxchunk.telemetry.simulation.simulated import Constant
 from jaxchunk.training import loop
-from jaxchunk.training.config import TrainConfig
-
-
-@pytest.fixture
-def config(tmp_path, monkeypatch):
-    monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(300, 32, 2, 4, 2, 48, tie_word_embeddings=True))
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    return TrainConfig(
-        data=str(text), cache_dir=str(tmp_path / "cache"), seq_len=16, batch_size=4, steps=12, val_every=5,
-        val_batches=2, out_dir=str(tmp_path / "run"),
-    )  # fmt: skip
 
 
 def run(config):
@@ -93,12 +80,12 @@ def test_energy_of_every_step_comes_from_the_device(config, monkeypatch, failing
 
     monkeypatch.setattr(data, "train_batches", slow_batches)
 
-    def open_simulated(jax_device, *, csv_path, record_path=None):
+    def open_simulated(jax_device, *, csv_path, **_):
         device = SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=0.005, failing=failing)
         return Monitor(device, csv_path=csv_path, poll_period_s=0.001, sample_period_s=0.002)
 
     monkeypatch.setattr(loop, "open_monitor", open_simulated)
-    summary, steps, _ = run(dataclasses.replace(config, steps=10, val_every=0))
+    summary, steps, _ = run(dataclasses.replace(config, val_every=0, keep_checkpoints=0))
     assert {record["energy_source"] for record in steps} == {source}
     known = [record for record in steps if record["energy_j"] is not None]
     assert len(known) >= 5
@@ -118,7 +105,7 @@ def test_an_interrupt_keeps_what_was_measured(config, monkeypatch, capsys):
 
     def interrupt_at_step_3(self, name, record):
         append(self, name, record)
-        if record["step"] == 3:
+        if record.get("step") == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.RunDirectory, "append", interrupt_at_step_3)
@@ -152,15 +139,14 @@ def test_what_was_chosen_and_the_hash_of_the_text_are_recorded(config):
 
 
 def test_a_counter_that_stands_still_costs_a_second_and_not_one_a_step(config, monkeypatch):
-    def open_simulated(jax_device, *, csv_path, record_path=None):
+    def open_simulated(jax_device, *, csv_path, **_):
         return Monitor(SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=1e9), csv_path=csv_path)
 
     monkeypatch.setattr(loop, "open_monitor", open_simulated)
-    start_s = time.perf_counter()
-    summary, steps, _ = run(dataclasses.replace(config, val_every=0))
+    _, steps, validation = run(dataclasses.replace(config, val_every=0))
     assert len(steps) == 12
     assert all(record["energy_j"] is None and record["energy_null_reason"] for record in steps)
-    assert time.perf_counter() - start_s - summary["compile_time_s"] < 8  # it once took a second for every step
+    assert validation[-1]["time_s"] < 8  # after all steps; it once took a second for every step
 
 
 def test_named_attention_that_cannot_run_is_refused(config):

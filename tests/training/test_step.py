@@ -16,14 +16,7 @@ from jaxchunk.training.step import init_state, learning_rate, make_eval_step, ma
 
 CONFIG = TrainConfig(seq_len=16, batch_size=4, steps=20, lmhead_chunks=1)
 FP32 = qwen2.Execution(compute_dtype=jnp.float32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_model():
-    small = qwen2.Qwen2Config(97, 32, 2, 4, 2, 48, tie_word_embeddings=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(qwen2.SIZES, "tiny", small)
-        yield
+MODEL = qwen2.Qwen2Config(97, 32, 2, 4, 2, 48, tie_word_embeddings=True)
 
 
 def batch(ignored_rows=0):
@@ -34,8 +27,8 @@ def batch(ignored_rows=0):
 
 def steps(config, micro_batch_size, data, count=3):
     optimizer = make_optimizer(config)
-    state = init_state(config, optimizer, jax.random.key(0))
-    step = jax.jit(make_train_step(config, FP32, optimizer, micro_batch_size))
+    state = init_state(optimizer, qwen2.init(MODEL, jax.random.key(0)))
+    step = jax.jit(make_train_step(config, MODEL, FP32, optimizer, micro_batch_size))
     history = []
     for _ in range(count):
         state, metrics = step(state, data)
@@ -70,9 +63,9 @@ def test_metrics():
     schedule = learning_rate(CONFIG)
     assert float(first.lr) == pytest.approx(float(schedule(0)))
     assert float(second.lr) == pytest.approx(float(schedule(1)))
-    gradients = jax.grad(lambda params: make_eval_step(CONFIG, FP32)(params, batch())[0] / batch()["labels"].size)(
-        init_state(CONFIG, make_optimizer(CONFIG), jax.random.key(0)).params
-    )
+    gradients = jax.grad(
+        lambda params: make_eval_step(CONFIG, MODEL, FP32)(params, batch())[0] / batch()["labels"].size
+    )(qwen2.init(MODEL, jax.random.key(0)))
     assert float(first.grad_norm) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
 
 
@@ -89,7 +82,7 @@ def test_schedule_warms_up_and_ends_where_it_should():
 
 def test_norms_and_biases_do_not_decay():
     config = dataclasses.replace(CONFIG, weight_decay=10.0, grad_clip=1e-12, lr=1e-2)  # decay and next to nothing else
-    state = init_state(config, make_optimizer(config), jax.random.key(0))
+    state = init_state(make_optimizer(config), qwen2.init(MODEL, jax.random.key(0)))
     optimizer = make_optimizer(config)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     updates, _ = optimizer.update(zeros, state.opt_state, state.params)
@@ -100,10 +93,10 @@ def test_norms_and_biases_do_not_decay():
 
 def test_eval_step_sums_losses_and_counts_tokens():
     data = batch(ignored_rows=1)
-    params = init_state(CONFIG, make_optimizer(CONFIG), jax.random.key(0)).params
-    loss, count = make_eval_step(CONFIG, FP32)(params, data)
+    params = qwen2.init(MODEL, jax.random.key(0))
+    loss, count = make_eval_step(CONFIG, MODEL, FP32)(params, data)
     valid = np.asarray(data["labels"]) != IGNORE_INDEX
-    log_probs = jax.nn.log_softmax(qwen2.logits(qwen2.SIZES["tiny"], params, data["tokens"]))
+    log_probs = jax.nn.log_softmax(qwen2.logits(MODEL, params, data["tokens"]))
     picked = np.take_along_axis(np.asarray(log_probs), np.where(valid, data["labels"], 0)[..., None], -1)[..., 0]
     assert int(count) == valid.sum()
     assert float(loss) == pytest.approx(-picked[valid].sum(), rel=1e-5)
@@ -134,3 +127,17 @@ class Named:
 def test_peak_flops_are_known_or_null(kind, expected):
     assert peak_flops(Named(kind), "bfloat16") == expected
     assert peak_flops(Named(kind), "float32") is None
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter_and_no_moment():
+    optimizer = make_optimizer(CONFIG)
+    state = init_state(optimizer, qwen2.init(MODEL, jax.random.key(0)))
+    step = jax.jit(make_train_step(CONFIG, MODEL, FP32, optimizer, 4))
+    state, _ = step(state, batch())
+    token = int(batch()["tokens"][0, 0])
+    params = state.params | {"embedding": state.params["embedding"].at[token].set(jnp.inf)}
+    broken = state._replace(params=params)
+    after, metrics = step(broken, batch())
+    assert not jnp.isfinite(metrics.loss)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(broken), strict=True):
+        np.testing.assert_array_equal(new, old if jnp.issubdtype(old.dtype, jnp.floating) else old + 1)

@@ -1,0 +1,44 @@
+"""A model and a text so small that a whole run takes a moment; what was compiled once serves all runs like it."""
+
+import dataclasses
+
+import pytest
+
+from jaxchunk.models import qwen2
+from jaxchunk.training import plan
+from jaxchunk.training.config import TrainConfig
+
+# No program depends on these.
+UNCOMPILED = {
+    name: getattr(TrainConfig(), name)
+    for name in (
+        *("data", "out_dir", "cache_dir", "overwrite", "resume", "allow_changed_data", "seed"),
+        *("val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "max_bad_steps"),
+    )
+}
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """Compiled programs by what they depend on."""
+    return {}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch, programs):
+    monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(300, 32, 1, 4, 2, 48, tie_word_embeddings=True))
+    compile_programs = plan.compile_programs
+
+    def compile_once(config, model, execution, limit_bytes):
+        key = dataclasses.replace(config, **UNCOMPILED), model, execution, limit_bytes
+        if key not in programs:
+            programs[key] = compile_programs(config, model, execution, limit_bytes)
+        return programs[key]
+
+    monkeypatch.setattr(plan, "compile_programs", compile_once)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return TrainConfig(
+        data=str(text), cache_dir=str(tmp_path / "cache"), seq_len=16, batch_size=4, micro_batch_size=4, steps=12,
+        val_every=5, val_batches=2, out_dir=str(tmp_path / "run"),
+    )  # fmt: skip
