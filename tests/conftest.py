@@ -1,5 +1,6 @@
 """Shared by all tests: strictness, simulated devices, and the GPU marker."""
 
+import os
 import signal
 
 import jax
@@ -7,6 +8,11 @@ import pytest
 
 # A shell that starts tests in the background has Ctrl-C ignored, by them and by the scripts that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Most of the tests' time is XLA's, for programs that run once. JAX 0.10 spends two thirds of it on an MLIR pipeline for
+# every fusion; later versions have no other code generator.
+if jax.version.__version_info__ < (0, 11):
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first one
 

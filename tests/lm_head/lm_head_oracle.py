@@ -4,7 +4,8 @@
 `Result`, so that a test is one call of each and a comparison.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,15 +85,10 @@ def problem(T=33, D=24, V=97, dtype=jnp.float32, *, scale=1.0, ignored=0.2, seed
 
 def value_and_grads(p: Problem, cotangent=1.0, *, frozen: tuple[str, ...] = (), **options) -> Result:
     """The loss under test in a jitted program, differentiated for every operand that is given and not `frozen`."""
-    given = {n: options.pop(n) for n in ("bias", "token_weights") if options.get(n) is not None and n not in frozen}
-
-    def objective(hidden, weight, given):
-        output = lm_head_loss(hidden, weight, p.labels, **given, **options)
-        loss, metrics = output if options.get("with_metrics") else (output, None)
-        return jnp.sum(cotangent * loss), (loss, metrics)
-
-    operands = (p.hidden, p.weight, given)
-    (_, (loss, metrics)), gradients = jax.jit(jax.value_and_grad(objective, (0, 1, 2), has_aux=True))(*operands)
+    arrays, settings = _arrays_and_settings(options)
+    trained = {n: arrays.pop(n) for n in ("bias", "token_weights") if n in arrays and n not in frozen}
+    operands = (p.hidden, p.weight, trained)
+    (_, (loss, metrics)), gradients = loss_program(settings)(*operands, p.labels, cotangent, arrays)
     assert loss.dtype == jnp.promote_types(p.hidden.dtype, jnp.float32)
     assert loss.shape == (p.labels.shape if options.get("reduction") == "none" else ())
     assert jax.tree.map(lambda a: a.dtype, gradients) == jax.tree.map(lambda a: a.dtype, operands)
@@ -102,6 +98,25 @@ def value_and_grads(p: Problem, cotangent=1.0, *, frozen: tuple[str, ...] = (), 
         metrics = Metrics(*(getattr(metrics, name) for name in Metrics._fields))
     dx, dW, others = gradients
     return _float64(Result(loss, dx, dW, others.get("bias"), others.get("token_weights"), metrics))
+
+
+@functools.cache  # so that calls which differ in the values of their operands only compile once
+def loss_program(settings: tuple[tuple[str, Any], ...]):
+    """`lm_head_loss` with these keywords, and its gradients, as `value_and_grads` calls it."""
+    settings = dict(settings)
+
+    def objective(hidden, weight, trained, labels, cotangent, arrays):
+        output = lm_head_loss(hidden, weight, labels, **trained, **arrays, **settings)
+        loss, metrics = output if settings.get("with_metrics") else (output, None)
+        return jnp.sum(cotangent * loss), (loss, metrics)
+
+    return jax.jit(jax.value_and_grad(objective, (0, 1, 2), has_aux=True))
+
+
+def _arrays_and_settings(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """Options that are traced, where they are given, and those that shape the program."""
+    arrays = {n: options[n] for n in ("bias", "token_weights", "normalizer") if options.get(n) is not None}
+    return arrays, tuple(sorted((name, value) for name, value in options.items() if name not in arrays))
 
 
 def oracle(p: Problem, cotangent=1.0, **options) -> Result:
@@ -155,10 +170,19 @@ def oracle(p: Problem, cotangent=1.0, **options) -> Result:
 
 def same_dtype_baseline(p: Problem, cotangent=1.0, **options) -> Result:
     """What people write: logits in the operands' dtype, options and statistics in float32, autodiff, unchunked."""
-    o = Options(**options)
-    info, valid = jnp.finfo(p.hidden.dtype), p.labels != o.ignore_index
+    arrays, settings = _arrays_and_settings(options)
+    operands = (p.hidden, p.weight, arrays.get("bias"), arrays.get("token_weights"))
+    gradients = _baseline_program(settings)
+    (_, (loss, metrics)), gradients = gradients(*operands, p.labels, cotangent, arrays.get("normalizer"))
+    return _float64(Result(loss, *gradients, metrics))
 
-    def objective(hidden, weight, bias, token_weights):
+
+@functools.cache
+def _baseline_program(settings: tuple[tuple[str, Any], ...]):
+    o = Options(**dict(settings))
+
+    def objective(hidden, weight, bias, token_weights, labels, cotangent, normalizer):
+        info, valid = jnp.finfo(hidden.dtype), labels != o.ignore_index
         W = weight if o.weight_layout == "dv" else weight.T
         logits = jnp.dot(hidden, W, precision="highest", preferred_element_type=jnp.float32)
         # Logits as they are in memory; XLA would elide a plain cast to bfloat16 and back.
@@ -168,7 +192,7 @@ def same_dtype_baseline(p: Problem, cotangent=1.0, **options) -> Result:
         if o.logit_softcap is not None:
             logits = o.logit_softcap * jnp.tanh(logits / o.logit_softcap)
         lse = jax.nn.logsumexp(logits, axis=1)
-        picked = jnp.take_along_axis(logits, jnp.where(valid, p.labels, 0)[:, None], axis=1)[:, 0]
+        picked = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[:, None], axis=1)[:, 0]
         per_token = (1 - o.label_smoothing) * (lse - picked) + o.z_loss * lse**2
         if o.label_smoothing:
             per_token += o.label_smoothing * (lse - jnp.mean(logits, axis=1))
@@ -177,13 +201,11 @@ def same_dtype_baseline(p: Problem, cotangent=1.0, **options) -> Result:
         if o.reduction != "none":
             loss = jnp.sum(loss)
         if o.reduction == "mean":
-            loss /= jnp.sum(row_weights) if o.normalizer is None else o.normalizer
+            loss /= jnp.sum(row_weights) if normalizer is None else normalizer
         metrics = _metrics(o, logits, lse, picked, row_weights != 0) if o.with_metrics else None
         return jnp.sum(cotangent * loss), (loss, metrics)
 
-    gradients = jax.jit(jax.value_and_grad(objective, (0, 1, 2, 3), has_aux=True))
-    (_, (loss, metrics)), gradients = gradients(p.hidden, p.weight, o.bias, o.token_weights)
-    return _float64(Result(loss, *gradients, metrics))
+    return jax.jit(jax.value_and_grad(objective, (0, 1, 2, 3), has_aux=True))
 
 
 def _metrics(o: Options, logits, lse, picked, counted) -> Metrics:
