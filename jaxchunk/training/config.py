@@ -8,6 +8,7 @@ from typing import Literal
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import choose_implementation
 from jaxchunk.models import qwen2
+from jaxchunk.training.trace import parse_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,8 @@ class TrainConfig:
     that is so anyway: it changes nothing there."""
     record_telemetry: bool = False
     """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
+    profile_steps: str | None = None
+    """First and last step of a trace by JAX's profiler, 10:15, into profile/ in out_dir. These steps are slower."""
     cache_dir: str | None = None
     """Where tokenizers and tokenised data are kept. Default: jaxchunk under the user's cache directory."""
 
@@ -149,6 +152,8 @@ def validate(config: TrainConfig) -> None:
         raise InputError(
             f"--micro_batch_size is {config.micro_batch_size}; it must divide --batch_size ({config.batch_size})"
         )
+    if config.profile_steps is not None and parse_steps(config.profile_steps)[1] > config.steps:
+        raise InputError(f"--profile_steps is {config.profile_steps}; --steps ends at {config.steps}")
     if config.resume and config.out_dir is None:
         raise InputError("--resume needs --out_dir: the directory of the run to go on with")
     if config.resume and config.overwrite:

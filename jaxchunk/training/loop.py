@@ -25,6 +25,7 @@ from jaxchunk.training.records import WARMUP_STEPS, Stretch, step_record, stretc
 from jaxchunk.training.resume import History
 from jaxchunk.training.step import StepMetrics, TrainState
 from jaxchunk.training.stop import StopRequest
+from jaxchunk.training.trace import StepTrace, parse_steps
 
 _TICK_TIMEOUT_S = 1.0  # how long to wait for the energy counter's next tick before and after a stretch
 
@@ -135,6 +136,7 @@ class _Training:
             Progress(self._config.steps, self._done) as self._progress,
             contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
             self._open_checkpoints() as self._checkpoints,
+            self._open_trace() as self._trace,
             StopRequest() as self._stop,
         ):
             try:
@@ -178,6 +180,7 @@ class _Training:
             for step in range(first, last + 1):
                 if self._stop.signal_name is not None:
                     break
+                self._trace.before(step)
                 state, metrics = self._programs.train_step(state, next(self._plan.batches))
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
@@ -198,6 +201,7 @@ class _Training:
         values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         self._completed.append(_Completed(step, start_s, end_s, values))
         self._done = step
+        self._trace.after(step)
         if step == self._history.step + WARMUP_STEPS:
             self._steady_from_s = end_s
         if self._checkpoints is not None:
@@ -270,6 +274,10 @@ class _Training:
     def _open_checkpoints(self) -> contextlib.AbstractContextManager[Checkpoints | None]:
         keep = self._config.keep_checkpoints
         return Checkpoints(self._run.path, keep=keep, say=self._progress.say) if keep else contextlib.nullcontext()
+
+    def _open_trace(self) -> StepTrace:
+        steps = None if self._config.profile_steps is None else parse_steps(self._config.profile_steps)
+        return StepTrace(steps, self._run.path / "profile", self._progress.say)
 
     def _save(self, state: TrainState) -> None:
         """Begins to save the state after the last step, unless it is in doubt."""

@@ -88,6 +88,7 @@ def test_a_round_trip_keeps_every_bit(case, max_shard_size, tmp_path):
     assert again_config == config
     assert_same_bits(again, params)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "out" / "config.json").stat().st_mode}
     assert [path.name for path in files] == ["model.safetensors"] if max_shard_size > 6000 else len(files) > 2
     original = {}
     for path in (FIXTURES / case).glob("model*.safetensors"):
