@@ -101,6 +101,11 @@ class RunDirectory:
         """How often this run was begun or gone on with so far."""
         return 0 if (began := self.read_json(_HISTORY)) is None else 1 + len(began["continued"])
 
+    @property
+    def began_unix_s(self) -> float:
+        """When this run was first begun; known once it has."""
+        return float(self.read_json(_HISTORY)["began_unix_s"])
+
     def begin(self, config: dict[str, Any], environment: dict[str, Any], **about: Any) -> float:
         """Writes down that the run begins (`config.json`, `env.json`, `run.json`), or goes on (`run.json`).
 

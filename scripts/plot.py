@@ -12,7 +12,7 @@ import tyro
 from jaxchunk import plotting
 from jaxchunk.bench import figures, lm_head_shapes
 from jaxchunk.errors import InputError, reported_errors
-from jaxchunk.training.comparison import comparison_table
+from jaxchunk.report import comparison_table, read_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def main() -> None:
             else:
                 raise InputError(f"{run} holds no records of train.py or of a benchmark")
         if len(training) > 1:
-            print(comparison_table(training))
+            print(comparison_table(read_runs(training)))
             print(
                 plotting.plot_losses(training, training[0].parent / "losses.png") or "no losses of two runs to compare"
             )

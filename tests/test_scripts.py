@@ -122,19 +122,26 @@ def test_what_was_measured_survives_a_stop(stop, status, tmp_path, text):
     assert redrawn.returncode == 0, redrawn.stderr
 
 
-def test_plot_compares_runs_and_refuses_what_is_none(tmp_path):
+def test_runs_are_compared_and_what_is_none_is_refused(tmp_path):
     for name, loss in (("a", 3.0), ("b", 2.0)):
         (tmp_path / name).mkdir()
-        record = {"step": 1, "time_s": 1.0, "loss": loss, "tokens_per_s": 10.0, "energy_null_reason": "no GPU"}
+        record = {"step": 1, "time_s": 1.0, "loss": loss, "step_time_s": 0.5, "tokens_per_s": 10.0}
+        record["energy_null_reason"] = "no GPU"
         (tmp_path / name / "steps.jsonl").write_text(json.dumps(record) + "\n")
     done = run_script("plot.py", tmp_path / "a", tmp_path / "b")
     assert done.returncode == 0, done.stderr
-    assert "| a | no finished run |" in done.stdout
+    assert "| a | unknown | unknown | no finished run | 1 |" in done.stdout
     assert "none of these runs has telemetry" in done.stdout
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     refused = run_script("plot.py", tmp_path)
     assert refused.returncode == 2
     assert "holds no records" in refused.stderr
+    reported = run_script("report.py", tmp_path / "a", tmp_path / "b")
+    assert reported.returncode == 0, reported.stderr
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    refused = run_script("report.py", tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {tmp_path} holds no records of train.py\n"
 
 
 def test_the_loss_and_the_step_import_no_telemetry():

@@ -19,10 +19,19 @@ if TYPE_CHECKING:
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 ORANGE, BLACK, LIGHT_GREY = "#E69F00", "#000000", "#D0D0D0"
 
+_RUN_COLORS = (BLUE, VERMILION, GREEN, ORANGE, GREY, BLACK)
+_RUN_DASHES = ("-", "--", ":", "-.")
+
 _LABEL_DISTANCES = (9, 13, 18, 24)  # points
 SMALL = 8  # points; nothing in a figure is smaller
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+
+
+def run_style(index: int) -> dict[str, Any]:
+    """Colour and dashes of the run with this index (from 0), in every figure that it is in; 24 of them differ."""
+    dashes, color = divmod(index, len(_RUN_COLORS))
+    return {"color": _RUN_COLORS[color], "linestyle": _RUN_DASHES[dashes % len(_RUN_DASHES)]}
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -36,9 +45,9 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def new_panels(count: int) -> tuple["Figure", list["Axes"]]:
-    """A figure with `count` panels below each other that share their x axis."""
-    figure = new_figure(8, 1.2 + 1.6 * count)
+def new_panels(count: int, *, height: float = 1.6) -> tuple["Figure", list["Axes"]]:
+    """A figure with `count` panels of that many inches below each other that share their x axis."""
+    figure = new_figure(8, 1.2 + height * count)
     axes = list(np.atleast_1d(figure.subplots(count, 1, sharex=True)))
     for axis in axes:
         tidy(axis)

@@ -1,13 +1,12 @@
 """Figures of training runs: one over time, several side by side."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxchunk.plotting.style import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, new_figure, new_panels, read_telemetry
+from jaxchunk.plotting.style import BLUE, GREEN, GREY, VERMILION, new_figure, new_panels, read_telemetry, run_style
 from jaxchunk.run_dir import read_json_lines
 
 if TYPE_CHECKING:
@@ -114,13 +113,13 @@ def plot_losses(run_paths: Sequence[Path], path: Path) -> Path | None:
     if len(losses) < 2:
         return None
     figure, (above, below) = new_panels(2)
-    first, colors = next(iter(losses.values())), (BLUE, VERMILION, GREEN, ORANGE, GREY, BLACK)
-    for (name, loss), color in zip(losses.items(), itertools.cycle(colors)):
-        above.plot(list(loss), list(loss.values()), color=color, linewidth=0.9, label=name)
+    first = next(iter(losses.values()))
+    for index, (name, loss) in enumerate(losses.items()):
+        above.plot(list(loss), list(loss.values()), **run_style(index), linewidth=0.9, label=name)
         common = [step for step in loss if step in first]
         difference = np.array([loss[step] - first[step] for step in common])
         label = f"rms {np.sqrt(np.mean(difference**2)):.4f}" if common and loss is not first else None
-        below.plot(common, difference, color=color, linewidth=0.9, label=label)
+        below.plot(common, difference, **run_style(index), linewidth=0.9, label=label)
     above.set_ylabel("loss (nats/token)")
     above.legend(frameon=False)
     below.set_ylabel("less the first run's")

@@ -245,7 +245,8 @@ def load_params(run_path: Path | str, *, best: bool = False) -> SavedModel:
         except Unreadable as error:
             raise InputError(f"the checkpoint of step {step} in {run_path} cannot be read: {error}") from None
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**{name: value for name, value in about["config"].items() if name in known})
+    flags = {name: value for name, value in about["config"].items() if name in known}
+    config = TrainConfig(**flags | {"log": tuple(flags.get("log", ()))})  # JSON has no tuples
     return SavedModel(config, model, params, step)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import choose_implementation
 from jaxchunk.models import qwen2
+from jaxchunk.training import writers
 from jaxchunk.training.trace import parse_steps
 
 
@@ -92,6 +93,9 @@ class TrainConfig:
     """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
     profile_steps: str | None = None
     """First and last step of a trace by JAX's profiler, 10:15, into profile/ in out_dir. These steps are slower."""
+    log: tuple[writers.Name, ...] = ()
+    """Where every line of steps.jsonl and validation.jsonl goes besides: tensorboard (event files in out_dir), wandb
+    (Weights & Biases; WANDB_PROJECT, WANDB_MODE and the like are its own). Each is an extra to install."""
     cache_dir: str | None = None
     """Where tokenizers and tokenised data are kept. Default: jaxchunk under the user's cache directory."""
 
@@ -158,6 +162,7 @@ def validate(config: TrainConfig) -> None:
         raise InputError("--resume needs --out_dir: the directory of the run to go on with")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite exclude each other: one keeps the run in out_dir, one replaces it")
+    writers.check_installed(config.log)
     try:
         choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)
     except ValueError as error:

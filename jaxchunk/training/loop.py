@@ -26,6 +26,7 @@ from jaxchunk.training.resume import History
 from jaxchunk.training.step import StepMetrics, TrainState
 from jaxchunk.training.stop import StopRequest
 from jaxchunk.training.trace import StepTrace, parse_steps
+from jaxchunk.training.writers import Writers, open_writers
 
 _TICK_TIMEOUT_S = 1.0  # how long to wait for the energy counter's next tick before and after a stretch
 
@@ -53,11 +54,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     plan = prepare(config, device, about)
     restored = None if about is None else resume.restore(run.path, plan.programs.state)
     state = _first_state(plan, restored)
-    with run:
+    with run, contextlib.ExitStack() as after_the_summary:  # writers may take long to end
         history = History() if restored is None else resume.take_up(run, restored)
         with _watching(run, plan, history, device) as monitor:
             print(banner.describe_run(plan, monitor, run.path, history.step), flush=True)
-            summary = _Training(plan, run, monitor, history).run(state)
+            writers = after_the_summary.enter_context(_open_writers(run, plan, history))
+            summary = _Training(plan, run, monitor, history, writers).run(state)
             summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
             summary["sampler_cpu_s"] = monitor.sampler_cpu_s
             summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
@@ -99,6 +101,16 @@ def _watching(run: RunDirectory, plan: Plan, history: History, device: jax.Devic
         monitor.stop()
 
 
+def _open_writers(run: RunDirectory, plan: Plan, history: History) -> contextlib.AbstractContextManager[Writers]:
+    return open_writers(
+        plan.config.log,
+        run.path,
+        config=dataclasses.asdict(plan.config),
+        began_unix_s=run.began_unix_s,
+        done_steps=history.step,
+    )
+
+
 class _BadStepsError(Exception):
     """The loss or the gradient stayed NaN or infinite; the message says at which step."""
 
@@ -116,9 +128,9 @@ class _Completed:
 class _Training:
     """The state of the loop. Steps run in stretches between validations and checkpoints; energy is known for each."""
 
-    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor, history: History):
+    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor, history: History, writers: Writers):
         self._plan, self._config, self._programs, self._run = plan, plan.config, plan.programs, run
-        self._monitor = monitor
+        self._monitor, self._writers = monitor, writers
         self._history = history
         self._records = list(history.records)
         self._stretches: list[Stretch] = list(history.stretches)
@@ -241,6 +253,7 @@ class _Training:
             self._completed.popleft()
             self._records.append(record)
             self._append("steps.jsonl", record.as_dict())
+            self._writers.write(record.as_dict())
             self._progress.step(record)
 
     def _write_stretch(self, first: int, start_s: float, end_s: float) -> None:
@@ -260,6 +273,7 @@ class _Training:
         self._validated = step, loss / tokens
         record = {"step": step, "time_s": self._monitor.now() - self._monitor.start_s, "val_loss": loss / tokens}
         self._append("validation.jsonl", record | {"tokens": int(tokens)})
+        self._writers.write({"step": step, "val_loss": loss / tokens})
         self._progress.say(f"step {step}: validation loss {loss / tokens:.4f} over {int(tokens):,} held-out tokens")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:

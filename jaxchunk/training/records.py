@@ -189,10 +189,10 @@ def summarize(records: list[StepRecord], stretches: list[Stretch], tokens: int) 
         "sm_clock_mhz_mean": None if sm_clock_mhz is None else sm_clock_mhz.mean,
         "sm_clock_mhz_std": None if sm_clock_mhz is None else sm_clock_mhz.std,
         "temperature_c_max": max((r.temperature_c for r in records if r.temperature_c is not None), default=None),
-        "throttle_s": _totals(stretch.throttle for stretch in stretches),
+        "throttle_s": totals(stretch.throttle for stretch in stretches),
         "slow_without_reason_s": _total(stretch.slow_without_reason_s for stretch in stretches),
         "energy_sources_disagree": _disagreement(stretches),
-        "rails_j": _totals(stretch.rails_j for stretch in stretches),
+        "rails_j": totals(stretch.rails_j for stretch in stretches),
     }
 
 
@@ -211,12 +211,13 @@ def _energy_totals(stretches: list[Stretch], tokens: int) -> dict[str, Any]:
     }
 
 
-def _totals(parts: Iterable[dict[str, float] | None]) -> dict[str, float] | None:
-    totals: dict[str, float] = {}
+def totals(parts: Iterable[dict[str, float] | None]) -> dict[str, float] | None:
+    """Sums by key, over the parts that are known; None where no part is."""
+    sums: dict[str, float] = {}
     for part in parts:
         for name, value in (part or {}).items():
-            totals[name] = totals.get(name, 0.0) + value
-    return totals or None
+            sums[name] = sums.get(name, 0.0) + value
+    return sums or None
 
 
 def _total(parts: Iterable[float | None]) -> float | None:

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 # Flags that change nothing of what is learned.
 _FREE = (
-    *("out_dir", "overwrite", "resume", "allow_changed_data", "cache_dir", "record_telemetry", "profile_steps"),
+    *("out_dir", "overwrite", "resume", "allow_changed_data", "cache_dir", "record_telemetry", "log", "profile_steps"),
     *("checkpoint_every", "keep_checkpoints", "val_every", "max_bad_steps"),
 )
 # Flags under which the same is computed in another order.

@@ -13,7 +13,7 @@ UNCOMPILED = {
     name: getattr(TrainConfig(), name)
     for name in (
         *("data", "out_dir", "cache_dir", "overwrite", "resume", "allow_changed_data", "seed"),
-        *("val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "profile_steps"),
+        *("val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "profile_steps", "log"),
     )
 }
 

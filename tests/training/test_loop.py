@@ -36,7 +36,7 @@ def test_records_of_a_run(config, capsys):
     assert np.all(np.diff([record["time_s"] for record in steps]) > 0)
     path = Path(config.out_dir)
     assert json.loads((path / "summary.json").read_text()) == summary
-    assert json.loads((path / "config.json").read_text()) == dataclasses.asdict(config)
+    assert json.loads((path / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
     environment = json.loads((path / "env.json").read_text())
     assert environment["packages"]["jax"] == jax.__version__
     assert environment["gpu"]["energy_source"] is None
