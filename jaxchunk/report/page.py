@@ -2,10 +2,10 @@
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxchunk.errors import InputError
 from jaxchunk.plotting.style import run_style
@@ -13,7 +13,7 @@ from jaxchunk.report import figures
 from jaxchunk.report.comparison import QUANTITIES, UNKNOWN, Cell
 from jaxchunk.report.run_records import RunRecords
 
-_ELSEWHERE = ("out_dir", "overwrite", "resume", "cache_dir")  # flags that say where and how often, not what is computed
+_ELSEWHERE = ("out_dir", "overwrite", "resume", "cache_dir", "log")  # flags that say where to, not what is computed
 _NOT_THERE = Cell(UNKNOWN, "not recorded")
 
 _STYLE = """
@@ -80,7 +80,7 @@ def html_page(runs: Sequence[RunRecords]) -> str:
         "<h2>What they came to</h2>",
         _table(runs, measured),
         "<h2>Figures</h2>",
-        f'<div class="figures">{"".join(_figures(runs))}</div>',
+        f'<div class="figures">{"".join(_figure(figure, runs) for figure in _FIGURES)}</div>',
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -91,56 +91,70 @@ def html_page(runs: Sequence[RunRecords]) -> str:
     )
 
 
-def _figures(runs: Sequence[RunRecords]) -> Iterable[str]:
-    drawn = (
-        (
-            "Loss",
-            figures.loss_figure(runs),
-            "Lines: training. Dots: validation. Below: the difference from the first run, step by step.",
-            "no run has a step",
-        ),
-        (
-            "Speed",
-            figures.speed_figure(runs),
-            "The scale is that of the steps after the first few, which may lie outside of it.",
-            "no run has a step",
-        ),
-        (
-            "Energy",
-            figures.energy_figure(runs),
-            "Dots: steps of known energy, with the bound of its error. Lines: between validations and checkpoints.",
-            "no run has a step or stretch of known energy",
-        ),
-        (
-            "Power, temperature and clock",
-            figures.telemetry_figure(runs),
-            "Lines: means. Bands: 10th to 90th percentile of the samples.",
-            "no run has telemetry",
-        ),
-    )
-    for name, svg, caption, missing in drawn:
-        shown = f"{svg}<figcaption>{escape(caption)}" if svg else f"<figcaption>Unknown: {escape(missing)}."
-        yield f"<figure><h3>{escape(name)}</h3>{shown}{_left_out(name, runs)}</figcaption></figure>"
+class _Figure(NamedTuple):
+    """`draw` gives SVG, or None where there is nothing to draw; `lacks` says why a run is not in it, if so."""
+
+    title: str
+    draw: Callable[[Sequence[RunRecords]], str | None]
+    caption: str
+    lacks: Callable[[RunRecords], str | None]
 
 
-def _left_out(name: str, runs: Sequence[RunRecords]) -> str:
-    """Which runs a figure cannot show, and why."""
-    missing = {}
-    for run in runs:
-        if not run.steps:
-            missing[run.label] = "no step was completed"
-        elif name.startswith("Power") and run.telemetry is None:
-            missing[run.label] = run.steps[-1].energy_null_reason or "no telemetry.csv"
-        elif name == "Energy" and not _has_energy(run):
-            missing[run.label] = f"of its last step: {run.steps[-1].energy_null_reason or 'not recorded'}"
-    return "".join(
+def _figure(figure: _Figure, runs: Sequence[RunRecords]) -> str:
+    svg = figure.draw(runs)
+    missing = {run.label: reason for run in runs if (reason := figure.lacks(run)) is not None}
+    notes = "".join(
         f'<span class="block">Not shown: {escape(label)} ({escape(reason)}).</span>'
         for label, reason in missing.items()
     )
+    caption = "Unknown." if svg is None else escape(figure.caption)
+    return f"<figure><h3>{escape(figure.title)}</h3>{svg or ''}<figcaption>{caption}{notes}</figcaption></figure>"
 
 
-def _has_energy(run: RunRecords) -> bool:
-    return any(step.energy_j is not None for step in run.steps) or any(s.energy_j is not None for s in run.stretches)
+def _lacks_steps(run: RunRecords) -> str | None:
+    return None if run.steps else "no step was completed"
+
+
+def _lacks_energy(run: RunRecords) -> str | None:
+    if not run.steps:
+        return _lacks_steps(run)
+    if any(step.energy_j is not None for step in run.steps) or any(s.energy_j is not None for s in run.stretches):
+        return None
+    return f"of its last step: {run.steps[-1].energy_null_reason or 'not recorded'}"
+
+
+def _lacks_telemetry(run: RunRecords) -> str | None:
+    if not run.steps:
+        return _lacks_steps(run)
+    return None if run.telemetry else run.steps[-1].energy_null_reason or "there is no telemetry.csv"
+
+
+_FIGURES = (
+    _Figure(
+        "Loss",
+        figures.loss_figure,
+        "Lines: training. Dots: validation. Below, where there are several runs: the difference from the first.",
+        _lacks_steps,
+    ),
+    _Figure(
+        "Speed",
+        figures.speed_figure,
+        "The scale is that of the steps after the first few, which may lie outside of it.",
+        _lacks_steps,
+    ),
+    _Figure(
+        "Energy",
+        figures.energy_figure,
+        "Dots: steps of known energy, with the bound of its error. Lines: between validations and checkpoints.",
+        _lacks_energy,
+    ),
+    _Figure(
+        "Power, temperature and clock",
+        figures.telemetry_figure,
+        "Lines: means. Bands: 10th to 90th percentile of the samples.",
+        _lacks_telemetry,
+    ),
+)
 
 
 def _folded(title: str, runs: Sequence[RunRecords], rows: Mapping[str, Sequence[Cell]]) -> str:

@@ -16,6 +16,7 @@ from jaxchunk.training.records import StepRecord, Stretch, summarize, totals
 
 _Record = TypeVar("_Record", StepRecord, Stretch)
 _NEEDED = ("step", "time_s", "loss", "step_time_s", "tokens_per_s")  # in every line of steps.jsonl
+_NEEDED_OF_STRETCHES = ("first_step", "last_step", "start_s", "end_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _read_run(path: Path, label: str) -> RunRecords:
         raise InputError(f"{path} holds no records of train.py")
     lines = _read_lines(path / "steps.jsonl", _NEEDED)
     steps = tuple(_filled(StepRecord, line) for line in lines)
-    stretches = tuple(_filled(Stretch, line) for line in _read_lines(path / "stretches.jsonl", ("last_step",)))
+    stretches = tuple(_filled(Stretch, line) for line in _read_lines(path / "stretches.jsonl", _NEEDED_OF_STRETCHES))
     tokens = round(steps[0].tokens_per_s * steps[0].step_time_s) if steps else None
     summary = _read_json(path / "summary.json")
     return RunRecords(
@@ -114,7 +115,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    lines = read_json_lines(path)
+    try:
+        lines = read_json_lines(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); leave this run out") from None
     for number, line in enumerate(lines, start=1):
         for name in needed:
             value = line.get(name, "") if isinstance(line, dict) else ""

@@ -1,5 +1,6 @@
 """The page and the table from the records of tiny runs: finished with energy, without, killed."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -133,6 +134,7 @@ def test_the_page_is_whole_and_says_what_the_records_say(tmp_path):
     assert {reference[1:] for reference in page.references} <= set(page.names)
     assert len(page.names) == len(set(page.names))
     assert not re.search(r"url\((?!#)|@import", text)
+    assert text.count(f"Not shown: with_out ({html.escape(NO_GPU)}).") == 1
     assert text.count("<svg xmlns") == text.count("<figure>") == 4
 
     assert page.rows[0][1:] == ["with", "with_out", "killed"]
@@ -164,8 +166,8 @@ def test_runs_that_got_nowhere_are_shown(tmp_path):
     assert page.row("mJ/token (total)")[0].startswith("unknownthe run ended before its first validation")
     assert page.row("throttled, s, by reason")[0] == "sw_power_cap 0.5 (50% of 1.0)"
     alone = html_page(read_runs([nothing]))
-    assert alone.count("Unknown: no run has") == 4
-    assert "Unknown" not in html_page(read_runs([before_validation]))
+    assert alone.count("Unknown.") == alone.count("Not shown: nothing (no step was completed).") == 4
+    assert "Unknown." not in html_page(read_runs([before_validation]))
 
 
 def test_flags_of_other_versions_do_not_count_as_differences(tmp_path):
@@ -202,12 +204,14 @@ def test_the_markdown_table_has_the_same_numbers(tmp_path):
         ("summary.json", "{", "summary.json is damaged"),
         ("config.json", "[]", "config.json is damaged"),
         ("steps.jsonl", '{"step": 1}\n', "steps.jsonl, line 1 has no number time_s"),
+        ("steps.jsonl", "\udcff", "steps.jsonl is damaged"),
+        ("stretches.jsonl", '{"last_step": 3}', "stretches.jsonl, line 1 has no number first_step"),
         ("telemetry.csv", "time_s,power_w\n1,x\n", "telemetry.csv is damaged"),
     ],
 )
 def test_damaged_records_are_named(tmp_path, name, content, words):
     path = write_run(tmp_path / "run")
-    (path / name).write_text(content)
+    (path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(InputError, match=re.escape(words)):
         read_runs([path])
 
