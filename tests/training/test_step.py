@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches, chunks and schedules do not change what is learned."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,14 @@ def batch(ignored_rows=0):
     return {"tokens": tokens[:, :-1], "labels": labels}
 
 
+@functools.cache
+def program(config, micro_batch_size):
+    return jax.jit(make_train_step(config, MODEL, FP32, make_optimizer(config), micro_batch_size))
+
+
 def steps(config, micro_batch_size, data, count=3):
-    optimizer = make_optimizer(config)
-    state = init_state(optimizer, qwen2.init(MODEL, jax.random.key(0)))
-    step = jax.jit(make_train_step(config, MODEL, FP32, optimizer, micro_batch_size))
-    history = []
+    state = init_state(make_optimizer(config), qwen2.init(MODEL, jax.random.key(0)))
+    step, history = program(config, micro_batch_size), []
     for _ in range(count):
         state, metrics = step(state, data)
         history.append(metrics)
@@ -63,9 +67,8 @@ def test_metrics():
     schedule = learning_rate(CONFIG)
     assert float(first.lr) == pytest.approx(float(schedule(0)))
     assert float(second.lr) == pytest.approx(float(schedule(1)))
-    gradients = jax.grad(
-        lambda params: make_eval_step(CONFIG, MODEL, FP32)(params, batch())[0] / batch()["labels"].size
-    )(qwen2.init(MODEL, jax.random.key(0)))
+    mean_loss = lambda params: make_eval_step(CONFIG, MODEL, FP32)(params, batch())[0] / batch()["labels"].size  # noqa: E731
+    gradients = jax.jit(jax.grad(mean_loss))(qwen2.init(MODEL, jax.random.key(0)))
     assert float(first.grad_norm) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
 
 
@@ -85,7 +88,7 @@ def test_norms_and_biases_do_not_decay():
     state = init_state(make_optimizer(config), qwen2.init(MODEL, jax.random.key(0)))
     optimizer = make_optimizer(config)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = optimizer.update(zeros, state.opt_state, state.params)
+    updates, _ = jax.jit(optimizer.update)(zeros, state.opt_state, state.params)
     for path, update in jax.tree.leaves_with_path(updates):
         decays = not path[-1].key.endswith(("norm", "bias"))
         assert bool(jnp.any(update != 0)) == decays, path
@@ -130,14 +133,11 @@ def test_peak_flops_are_known_or_null(kind, expected):
 
 
 def test_a_step_that_is_not_finite_changes_no_parameter_and_no_moment():
-    optimizer = make_optimizer(CONFIG)
-    state = init_state(optimizer, qwen2.init(MODEL, jax.random.key(0)))
-    step = jax.jit(make_train_step(CONFIG, MODEL, FP32, optimizer, 4))
-    state, _ = step(state, batch())
+    state, _ = steps(CONFIG, 4, batch(), count=1)
     token = int(batch()["tokens"][0, 0])
     params = state.params | {"embedding": state.params["embedding"].at[token].set(jnp.inf)}
     broken = state._replace(params=params)
-    after, metrics = step(broken, batch())
+    after, metrics = program(CONFIG, 4)(broken, batch())
     assert not jnp.isfinite(metrics.loss)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(broken), strict=True):
         np.testing.assert_array_equal(new, old if jnp.issubdtype(old.dtype, jnp.floating) else old + 1)
