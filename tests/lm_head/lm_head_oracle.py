@@ -119,9 +119,11 @@ def loss_program(settings: tuple[tuple[str, Any], ...]):
 
 
 def _arrays_and_settings(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
-    """Options that are traced, where they are given, and those that shape the program."""
+    """Options that are traced, where they are given, and those that shape the program and are not the defaults."""
     arrays = {n: options[n] for n in ("bias", "token_weights", "normalizer") if options.get(n) is not None}
-    return arrays, tuple(sorted((name, value) for name, value in options.items() if name not in arrays))
+    others = [(name, value) for name, value in options.items() if name not in arrays]
+    defaults = Options._field_defaults
+    return arrays, tuple(sorted((name, value) for name, value in others if defaults.get(name, ...) != value))
 
 
 def oracle(p: Problem, cotangent=1.0, **options) -> Result:

@@ -12,7 +12,7 @@ from jaxchunk.models import qwen2
 from jaxchunk.models.attention import choose_attention
 from jaxchunk.models.qwen2 import Execution, Qwen2Config
 
-CONFIG = Qwen2Config(97, 32, 3, 4, 2, 48, tie_word_embeddings=False)
+CONFIG = Qwen2Config(97, 32, 2, 4, 2, 48, tie_word_embeddings=False)
 FP32 = Execution(compute_dtype=jnp.float32)
 
 

@@ -17,7 +17,7 @@ from jaxchunk.training.step import init_state, learning_rate, make_eval_step, ma
 
 CONFIG = TrainConfig(seq_len=16, batch_size=4, steps=20, lmhead_chunks=1)
 FP32 = qwen2.Execution(compute_dtype=jnp.float32)
-MODEL = qwen2.Qwen2Config(97, 32, 2, 4, 2, 48, tie_word_embeddings=True)
+MODEL = qwen2.Qwen2Config(97, 32, 1, 4, 2, 48, tie_word_embeddings=True)
 
 
 def batch(ignored_rows=0):
