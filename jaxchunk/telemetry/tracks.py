@@ -7,7 +7,8 @@ from typing import Literal
 
 from jaxchunk.telemetry.curve import CumulativeCurve
 from jaxchunk.telemetry.device import Probe
-from jaxchunk.telemetry.energy import CounterCurve, PowerIntegral, no_power_samples
+from jaxchunk.telemetry.energy import CounterCurve, no_power_samples
+from jaxchunk.telemetry.power import PowerIntegral
 from jaxchunk.telemetry.reading import Reading
 from jaxchunk.telemetry.samples import SampleLog
 

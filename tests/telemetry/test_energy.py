@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxchunk.telemetry import Monitor, NotSupported
-from jaxchunk.telemetry.energy import CounterCurve, PowerIntegral
+from jaxchunk.telemetry.energy import CounterCurve
+from jaxchunk.telemetry.power import PowerIntegral
 from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, Ramp, SimulatedDevice, SquareWave, drive
 
 ABSENT = NotSupported("NVML_ERROR_NOT_SUPPORTED")
