@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 # The calls of `Device` that read a quantity, in the order in which they are probed.
 CALLS = (
     "total_energy_j",
     "power_instant_w",
     "power_average_w",
+    "power_samples_w",
     "sm_clock_mhz",
     "temperature_c",
     "throttle_s",
@@ -19,7 +20,20 @@ CALLS = (
 # The clock-event reasons whose time is counted. The others (idle, application clocks) are no throttling.
 THROTTLE_REASONS = ("sw_power_cap", "sw_thermal", "hw_thermal", "hw_power_brake", "sync_boost")
 
-Value = float | dict[str, float]
+
+class PowerSamples(NamedTuple):
+    """Samples of power that the device took by itself.
+
+    Attributes:
+      asked_s: when it was asked, by the clock of the samples.
+      samples: time in s, by a clock of the device's, and W; the oldest first.
+    """
+
+    asked_s: float
+    samples: list[tuple[float, float]]
+
+
+Value = float | dict[str, float] | PowerSamples
 
 
 class ReadError(Exception):
@@ -61,6 +75,9 @@ class Device(Protocol):
 
     def power_average_w(self) -> float:
         """Power averaged by the device over about the last second, in W."""
+
+    def power_samples_w(self) -> PowerSamples:
+        """The latest samples of power that the device took by itself, as far back as it keeps them."""
 
     def sm_clock_mhz(self) -> float:
         """Clock of the streaming multiprocessors, in MHz."""
@@ -108,7 +125,7 @@ def read(device: Device, call: str) -> Value:
     """
     try:
         value = getattr(device, call)()
-        return value if isinstance(value, dict) else float(value)
+        return value if isinstance(value, dict | PowerSamples) else float(value)
     except ReadError:
         raise
     except Exception as error:
@@ -120,7 +137,9 @@ def probe(device: Device) -> Mapping[str, Probe]:
     probes = {}
     for call in CALLS:
         try:
-            probes[call] = Probe("supported", value=read(device, call))
+            value = read(device, call)
+            # What samples the device had then is of no use to anybody.
+            probes[call] = Probe("supported", value=None if isinstance(value, PowerSamples) else value)
         except NotSupported as error:
             probes[call] = Probe("not_supported", error.reason)
         except ReadError as error:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from jaxchunk.errors import InputError
-from jaxchunk.telemetry.device import CALLS, Device, NotSupported, Probe, ReadError, probe, read
+from jaxchunk.telemetry.device import CALLS, Device, NotSupported, PowerSamples, Probe, ReadError, probe, read
 from jaxchunk.telemetry.monitor import MAX_RELATIVE_BOUND, choose_energy_source
+from jaxchunk.telemetry.power_samples import SampleCurve
 from jaxchunk.telemetry.rails import Rail, UnusedSensor
 
 POLL_PERIOD_S = 0.002  # between two looks at a quantity that is cheap to read
@@ -172,6 +173,8 @@ def _poll(device: Device, wall_s: Mapping[str, float], seconds: float, clocks: C
             look.failures += 1
             look.last_failure = error.reason
             continue
+        if isinstance(value, PowerSamples):
+            value = value.samples[-1] if value.samples else math.nan
         if isinstance(value, float) and not math.isfinite(value):
             look.failures += 1
             look.last_failure = f"not a finite number: {value}"
@@ -182,7 +185,8 @@ def _poll(device: Device, wall_s: Mapping[str, float], seconds: float, clocks: C
 
 def _describe_call(call: str, result: Probe, cost: tuple[float, float] | None, look: _Look | None) -> dict[str, Any]:
     described: dict[str, Any] = {"status": result.status, "reason": result.reason}
-    described |= _finite("value", result.value, str(result)) | {"unit": _UNITS[call.rpartition("_")[2]]}
+    value = look.values[-1][1] if call == "power_samples_w" and look and look.values else result.value
+    described |= _finite("value", value, str(result)) | {"unit": _UNITS[call.rpartition("_")[2]]}
     if cost is None or look is None:
         described |= {"cpu_s": None, "wall_s": None, "update_period_s": None}
         return described | {"update_period_s_null_reason": str(result)}
@@ -232,7 +236,8 @@ def _min_step(source: str | None, calls: Mapping[str, Any]) -> dict[str, Any]:
 
     `CounterCurve` bounds each end of a window by (P_hi - P_lo) * tau / 4 + u * P_hi at most (tau the tick, u how well
     its time is known). For a power P that swings by no more than P, so that P_hi <= 1.5 P, both ends make
-    P * (tau / 2 + 3 u). Here u is half the time between two looks of this probe.
+    P * (tau / 2 + 3 u). Here u is half the time between two looks of this probe. Where the device keeps samples of
+    power, the bound is at least `SampleCurve.IN_STEP` of the energy, and P times the samples' distance more.
     """
     counter = calls["total_energy_j"]
     if source != "nvml_total_energy":
@@ -241,7 +246,10 @@ def _min_step(source: str | None, calls: Mapping[str, Any]) -> dict[str, Any]:
         reason = f"the tick of the counter is not known: {counter['update_period_s_null_reason']}"
     else:
         both_ends_s = counter["update_period_s"] / 2 + 3 * counter["poll_period_s"] / 2
-        return {"min_step_s": both_ends_s / MAX_RELATIVE_BOUND}
+        by_counter_s, apart_s = both_ends_s / MAX_RELATIVE_BOUND, calls["power_samples_w"]["update_period_s"]
+        if apart_s is None:
+            return {"min_step_s": by_counter_s}
+        return {"min_step_s": min(by_counter_s, apart_s / (MAX_RELATIVE_BOUND - SampleCurve.IN_STEP))}
     return {"min_step_s": None, "min_step_s_null_reason": reason}
 
 

@@ -236,7 +236,7 @@ class Monitor:
             nothing = (None,) * 4
             return Window(start_s, end_s, None, None, None, self.energy_source_reason, *nothing)
         with self._sampler.reading() as tracks:
-            energy = self._energy(tracks, start_s, end_s)
+            energy, source = self._energy(tracks, start_s, end_s)
             power_w = tracks.log.mean("power_w", start_s, end_s, reach_s=0.0)
             if energy.value is not None:
                 power_w = energy.value / (end_s - start_s)
@@ -245,7 +245,7 @@ class Monitor:
                 end_s=end_s,
                 energy_j=energy.value,
                 energy_bound_j=energy.bound,
-                energy_source=self.energy_source,
+                energy_source=source,
                 energy_null_reason=energy.null_reason,
                 power_w=power_w,
                 sm_clock_mhz=tracks.log.mean("sm_clock_mhz", start_s, end_s, reach_s=GAP_MIN_S),
@@ -257,22 +257,21 @@ class Monitor:
                 invalid_reason=None if self.device is None else _invalid(tracks, start_s, end_s),
             )
 
-    def _energy(self, tracks: Tracks, start_s: float, end_s: float) -> Difference:
+    def _energy(self, tracks: Tracks, start_s: float, end_s: float) -> tuple[Difference, EnergySource | None]:
         if tracks.energy is None:
-            return unknown(self.energy_source_reason)
-        energy = tracks.energy.difference(start_s, end_s)
+            return unknown(self.energy_source_reason), None
+        energy, source = tracks.energy_between(start_s, end_s)
         if energy.value is None or energy.bound is None:
             if energy.pending and self._stopped:
-                return unknown("the sampler stopped before the window's end")
-            if energy.pending and tracks.energy.outage(self.now()):
-                return unknown(tracks.energy.outage_reason(self.now()))
-            return energy
-        if energy.bound > MAX_RELATIVE_BOUND * energy.value:
-            return unknown(
+                energy = unknown("the sampler stopped before the window's end")
+            elif energy.pending and tracks.energy.outage(self.now()):
+                energy = unknown(tracks.energy.outage_reason(self.now()))
+        elif energy.bound > MAX_RELATIVE_BOUND * energy.value:
+            energy = unknown(
                 f"the error bound of {energy.bound:.3g} J is more than {MAX_RELATIVE_BOUND:.0%} "
                 f"of the {energy.value:.3g} J"
             )
-        return energy
+        return energy, source
 
     def samples(self, start_s: float = -math.inf, end_s: float = math.inf) -> Samples:
         """A copy of the raw samples between two times (all of them by default)."""

@@ -1,13 +1,14 @@
 """A GPU read through NVML (the module `pynvml` of the package nvidia-ml-py), imported only when asked for."""
 
 import ctypes
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
 from typing import Any, Protocol
 
-from jaxchunk.telemetry.device import DeviceNotFound, NotSupported, ReadError, ReadFailed
+from jaxchunk.telemetry.device import DeviceNotFound, NotSupported, PowerSamples, ReadError, ReadFailed
 
 # nvml.h, nvmlDeviceGetTotalEnergyConsumption: "in millijoules (mJ) since the driver was last reloaded".
 ENERGY_UNIT_J = 1e-3
@@ -15,6 +16,8 @@ ENERGY_UNIT_J = 1e-3
 POWER_UNIT_W = 1e-3
 # nvml.h, nvmlViolationTime_t: "violationTime in Nanoseconds"; DCGM calls the field values ..._NS too.
 THROTTLE_UNIT_S = 1e-9
+# nvml.h, nvmlSample_t: "CPU Timestamp in microseconds"; NVML_TOTAL_POWER_SAMPLES are in milliwatts.
+SAMPLE_TIME_UNIT_S = 1e-6
 
 # Field ids that never moved: the NVML_FI_DEV_PERF_POLICY_* counters, under whose ids
 # CLOCKS_EVENT_REASON_SW_POWER_CAP and ..._SYNC_BOOST are aliases.
@@ -209,6 +212,15 @@ class NvmlDevice:
                 return value
             self._read_average = ways[-1]
         return self._read_average()
+
+    def power_samples_w(self) -> PowerSamples:
+        """See `Device`. Their clock is the system's, which may be set while a run goes on."""
+        self._refuse_shared_meter()
+        _, samples = self._call("nvmlDeviceGetSamples", self._nvml.NVML_TOTAL_POWER_SAMPLES, 0)
+        asked_s = time.time()
+        return PowerSamples(
+            asked_s, [(s.timeStamp * SAMPLE_TIME_UNIT_S, s.sampleValue.uiVal * POWER_UNIT_W) for s in samples]
+        )
 
     def sm_clock_mhz(self) -> float:
         """See `Device`."""

@@ -14,7 +14,7 @@ class Reading:
         "counter_pause" where the sampler decides to read the energy counter less often, `value` seconds apart.
       start_s: when it was asked.
       end_s: when the answer was there.
-      value: the answer, None where there was none.
+      value: the answer, None where there was none. Of "power_samples_w" those that are new, by the sampler's clock.
       error: why there was none.
     """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxchunk.errors import InputError
-from jaxchunk.telemetry.device import Probe
+from jaxchunk.telemetry.device import PowerSamples, Probe
 from jaxchunk.telemetry.reading import Reading
 from jaxchunk.telemetry.tracks import RailKind
 
@@ -97,6 +97,8 @@ def _readings(records: Iterator[dict[str, Any]]) -> Iterator[Reading]:
     for record in records:
         if not {"call", "start_s", "end_s"} <= record.keys() <= _READING_KEYS:
             return
+        if isinstance(value := record.get("value"), list):
+            record["value"] = PowerSamples(value[0], [(time_s, power_w) for time_s, power_w in value[1]])
         yield Reading(**({"value": None} | record))
 
 

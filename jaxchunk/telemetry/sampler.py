@@ -1,5 +1,6 @@
 """The thread that reads a device: one, and asleep nearly all the time."""
 
+import itertools
 import math
 import random
 import threading
@@ -8,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from jaxchunk.telemetry.device import Device, Probe, ReadError, ReadFailed, Value, read
+from jaxchunk.telemetry.device import Device, PowerSamples, Probe, ReadError, ReadFailed, Value, read
 from jaxchunk.telemetry.energy import CounterCurve
+from jaxchunk.telemetry.power_samples import READ_S, READ_SHARE, SampleReader
 from jaxchunk.telemetry.rails import Rail
 from jaxchunk.telemetry.reading import Reading
 from jaxchunk.telemetry.schedule import CounterSchedule
 from jaxchunk.telemetry.tracks import RAIL_PERIOD_S, SAMPLE_CALLS, THROTTLE_PERIOD_S, Tracks
 
+ATTENDED_SAMPLES_S = 0.05  # after the end of a window the device has the samples that its energy needs
 STOP_TIMEOUT_S = 10.0  # a driver that has lost its GPU can keep a call for ever
 RETRY_S = 0.1  # after an error in the sampler itself
 
@@ -71,11 +74,14 @@ class Sampler:
         self.cpu_s = 0.0
         self._due_s: dict[str, float] = {}
         self._polled_s = -math.inf
+        self._sample_reader = SampleReader()
         self._counter_pause_s = 0.0
         if device is not None:
             self._due_s["sample"] = -math.inf
         if isinstance(tracks.energy, CounterCurve):
             self._due_s["counter"] = -math.inf
+        if tracks.samples is not None:
+            self._due_s["power_samples"] = -math.inf
         if tracks.throttle:
             self._due_s["throttle"] = -math.inf
         if self._rails:
@@ -97,6 +103,8 @@ class Sampler:
                     self._due_s["counter"] = min(self._due_s["counter"], due_s)
             if "throttle" in self._due_s:
                 self._due_s["throttle"] = -math.inf
+            if "power_samples" in self._due_s:
+                self._due_s["power_samples"] = min(self._due_s["power_samples"], self._now() + ATTENDED_SAMPLES_S)
             self._wake.set()
 
     def start(self) -> None:
@@ -151,6 +159,8 @@ class Sampler:
             self._read_counter()
         if self._is_due("sample", self._sample_period_s * (0.5 + self._random.random())):
             self._sample()
+        if self._is_due("power_samples", self._power_samples_period_s()):
+            self._keep(self._sample_reader.new(self._read("power_samples_w")))
         if self._is_due("throttle", THROTTLE_PERIOD_S):
             self._keep(self._read("throttle_s"))
         if self._is_due("rails", RAIL_PERIOD_S):
@@ -179,6 +189,10 @@ class Sampler:
         if due_s - reading.end_s > self._counter_pause_s:
             self._counter_pause_s = due_s - reading.end_s
             self._keep(Reading("counter_pause", reading.end_s, reading.end_s, self._counter_pause_s))
+
+    def _power_samples_period_s(self) -> float:
+        kept_s = self._sample_reader.kept_s
+        return min(READ_SHARE * kept_s, READ_S) if kept_s else READ_S
 
     def _sample(self) -> None:
         """Power, clock and temperature as one reading, which lasts as long as that of the power."""
@@ -242,6 +256,10 @@ def _finite(value: Value) -> Value:
     Raises:
       ReadFailed: one of them is infinite or not a number.
     """
+    if isinstance(value, PowerSamples):
+        if not all(math.isfinite(number) for number in (value.asked_s, *itertools.chain(*value.samples))):
+            raise ReadFailed("a sample of power is not a finite number")
+        return value
     numbers = {name: float(x) for name, x in value.items()} if isinstance(value, dict) else {"": float(value)}
     for name, number in numbers.items():
         if not math.isfinite(number):

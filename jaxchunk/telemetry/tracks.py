@@ -5,14 +5,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from jaxchunk.telemetry.curve import CumulativeCurve
-from jaxchunk.telemetry.device import Probe
+from jaxchunk.telemetry.curve import CumulativeCurve, Difference
+from jaxchunk.telemetry.device import PowerSamples, Probe
 from jaxchunk.telemetry.energy import CounterCurve, no_power_samples
 from jaxchunk.telemetry.power import PowerIntegral
+from jaxchunk.telemetry.power_samples import STRETCH_S, SampleCurve, distribute
 from jaxchunk.telemetry.reading import Reading
 from jaxchunk.telemetry.samples import SampleLog
 
-EnergySource = Literal["nvml_total_energy", "nvml_power_instant", "nvml_power_average"]
+# "nvml_energy_by_samples" are the counter's joules, distributed by the device's own samples of power.
+EnergySource = Literal["nvml_total_energy", "nvml_energy_by_samples", "nvml_power_instant", "nvml_power_average"]
 
 SAMPLE_CALLS = {"power_w": ("power_instant_w", "power_average_w"), "sm_clock_mhz": ("sm_clock_mhz",),
                 "temperature_c": ("temperature_c",)}  # fmt: skip
@@ -66,6 +68,9 @@ class Tracks:
                 break
         self._sample_period_s = sample_period_s
         self.energy, self.comparison = self._energy_curves(energy_source, poll_period_s)
+        self.energy_source = energy_source
+        has_counter = isinstance(self.energy, CounterCurve)
+        self.samples = SampleCurve() if has_counter and "power_samples_w" in supported else None
         self.throttle: dict[str, CumulativeCurve] = {}
         if "throttle_s" in supported:
             counters = probes["throttle_s"].value
@@ -101,13 +106,23 @@ class Tracks:
     @property
     def awaited(self) -> list[CumulativeCurve]:
         """The curves that a window waits for."""
-        return [*([] if self.energy is None else [self.energy]), *self.throttle.values()]
+        return [curve for curve in (self.energy, self.samples) if curve is not None] + list(self.throttle.values())
 
     @property
     def curves(self) -> list[CumulativeCurve]:
         """Every curve that a window asks."""
         others = [curve for curve in (self.comparison, self.slow) if curve is not None]
         return [*self.awaited, *others, *self.rails.values()]
+
+    def energy_between(self, start_s: float, end_s: float) -> tuple[Difference, EnergySource | None]:
+        """Joules over a window, and their source: of two that know them the one with the smaller bound."""
+        assert self.energy is not None, "there is no source of energy"
+        energy = self.energy.difference(start_s, end_s)
+        if isinstance(self.energy, CounterCurve) and self.samples is not None and energy.bound is not None:
+            shared = distribute(self.energy, self.samples, start_s, end_s)
+            if shared.bound is not None and shared.bound < energy.bound:
+                return shared, "nvml_energy_by_samples"
+        return energy, self.energy_source
 
     def ingest(self, reading: Reading) -> None:
         """Takes in a reading; failures are counted and leave a hole, never a 0."""
@@ -117,6 +132,8 @@ class Tracks:
             errors.last_reason = reading.error
         if reading.call == "total_energy_j":
             self._ingest_energy(reading)
+        elif reading.call == "power_samples_w":
+            self._ingest_power_samples(reading)
         elif reading.call == "sample":
             self._ingest_sample(reading)
         elif reading.call == "throttle_s":
@@ -133,7 +150,7 @@ class Tracks:
 
     def forget_before(self, time_s: float) -> None:
         """Drops what no window starting at or after `time_s` needs."""
-        margin_s = POWER_AVERAGING_S  # samples just before a window enter its bound
+        margin_s = POWER_AVERAGING_S if self.samples is None else STRETCH_S  # what was just before enters the bound
         self.log.forget_before(time_s - margin_s)
         for curve in self.curves:
             curve.forget_before(time_s - margin_s)
@@ -145,6 +162,14 @@ class Tracks:
             self.energy.add_reading(reading.start_s, reading.end_s, reading.value)
         else:
             self.energy.last_error = reading.error
+
+    def _ingest_power_samples(self, reading: Reading) -> None:
+        if self.samples is None:
+            return
+        if isinstance(reading.value, PowerSamples):
+            self.samples.add_samples(reading.start_s, reading.end_s, reading.value.samples)
+        else:
+            self.samples.last_error = reading.error
 
     def _ingest_sample(self, reading: Reading) -> None:
         """Power is the first that is read, so `end_s` is when power was; see `Sampler`."""

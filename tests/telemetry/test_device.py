@@ -7,7 +7,7 @@ from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, Simul
 
 
 def device(**options):
-    return SimulatedDevice(Constant(500.0), ManualClock(10.0), **options)
+    return SimulatedDevice(Constant(500.0), ManualClock(10.0), samples_every_s=0.02, **options)
 
 
 def test_everything_supported_with_its_value():

@@ -60,9 +60,11 @@ def texts(diagnosis):
 
 
 def test_the_rhythm_of_each_call():
-    bench = Bench()
+    bench = Bench(samples_every_s=0.02)
     calls = bench.gpu()["calls"]
     assert set(calls) == set(CALLS)
+    assert calls["power_samples_w"]["update_period_s"] == pytest.approx(0.02, abs=0.001)
+    assert calls["power_samples_w"]["value"] in (300.0, 700.0) and calls["power_samples_w"]["unit"] == "W"
     assert all(call["status"] == "supported" and call["reason"] is None for call in calls.values())
     counter = calls["total_energy_j"]
     assert counter["update_period_s"] == pytest.approx(0.1, abs=0.001)

@@ -33,6 +33,7 @@ class FakeNvml(types.ModuleType):
     NVML_FI_DEV_POWER_AVERAGE = 185
     NVML_FI_DEV_POWER_INSTANT = 186
     NVML_POWER_SCOPE_GPU = 0
+    NVML_TOTAL_POWER_SAMPLES = 0
     NVML_PERF_POLICY_POWER = 0
     NVML_PERF_POLICY_THERMAL = 1
     NVML_PERF_POLICY_SYNC_BOOST = 2
@@ -90,6 +91,13 @@ class FakeNvml(types.ModuleType):
         if uuid not in self.known:
             raise FakeError(NOT_FOUND)
         return self.known[uuid]
+
+    def nvmlDeviceGetSamples(self, handle, kind, after):  # noqa: N802
+        self._fail("nvmlDeviceGetSamples")
+        assert (handle, kind, after) == ("handle", self.NVML_TOTAL_POWER_SAMPLES, 0)
+        values = ((1_700_000_000_000_000, 612_345), (1_700_000_000_020_000, 598_000))
+        samples = [SimpleNamespace(timeStamp=t, sampleValue=SimpleNamespace(uiVal=w)) for t, w in values]
+        return UINT, samples
 
     def nvmlDeviceGetClockInfo(self, handle, kind):  # noqa: N802
         assert kind == self.NVML_CLOCK_SM

@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping
 from typing import Protocol
 
-from jaxchunk.telemetry.device import NotSupported, ReadError
+from jaxchunk.telemetry.device import NotSupported, PowerSamples, ReadError
 from jaxchunk.telemetry.simulation.plant import IDLE_BEFORE_S, Plant
 
 
@@ -92,6 +92,16 @@ class PlantDevice:
     def power_average_w(self) -> float:
         """See `Device`; whole milliwatts, as NVML."""
         return self._mean_power_w(self._answer("power_average_w"), self._instruments.averaging_s)
+
+    def power_samples_w(self) -> PowerSamples:
+        """See `Device`; whole milliwatts, as NVML; the mean over the time since the sample before."""
+        now_s, every_s = self._answer("power_samples_w"), self._instruments.samples_every_s
+        if every_s is None:
+            raise NotSupported("NVML_ERROR_NOT_SUPPORTED")
+        newest = math.floor(now_s / every_s)
+        oldest = max(newest - self._instruments.samples_kept, math.ceil(-IDLE_BEFORE_S / every_s)) + 1
+        times_s = [n * every_s for n in range(oldest, newest + 1)]
+        return PowerSamples(now_s, [(t, self._mean_power_w(t, every_s)) for t in times_s])
 
     def sm_clock_mhz(self) -> float:
         """See `Device`; whole MHz."""

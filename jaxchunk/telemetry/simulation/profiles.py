@@ -73,7 +73,8 @@ class InstrumentProfile:
 
     The energy counter moves every `tick_s`. Instantaneous power is the mean over `instant_averaging_s` (0: power at
     that instant), renewed every `renewal_s` (0: always fresh). Averaged power is the mean over the last
-    `averaging_s`. A read of the counter takes `energy_call_s`. The calls in `not_supported` say so.
+    `averaging_s`. The device keeps `samples_kept` samples of power, one every `samples_every_s` (None: none). A read of
+    the counter takes `energy_call_s`. The calls in `not_supported` say so.
     """
 
     tick_s: float
@@ -81,6 +82,8 @@ class InstrumentProfile:
     instant_averaging_s: float
     averaging_s: float = 1.0
     energy_call_s: float = 0.0
+    samples_every_s: float | None = None
+    samples_kept: int = 119
     not_supported: frozenset[str] = frozenset()
 
 
@@ -211,6 +214,7 @@ H200 = GpuProfile(
         renewal_s=0.1,  # measured on the H200 of FACTS
         instant_averaging_s=0.025,  # assumed: the samples buffer holds one every 20-25 ms (FACTS)
         energy_call_s=0.0032,  # measured on the H200 of FACTS; up to 0.0075
+        samples_every_s=0.02,  # likewise, as is how many it keeps
     ),
     electrical_lag_s=0.001,  # assumed
     activity_noise=0.01,  # assumed
@@ -243,7 +247,9 @@ L40S = GpuProfile(
         up_mhz=15.0,  # assumed
         max_down_mhz=150.0,  # assumed
     ),
-    instruments=InstrumentProfile(tick_s=0.1, renewal_s=0.1, instant_averaging_s=0.025),  # assumed: as the H200
+    instruments=InstrumentProfile(  # assumed: as the H200
+        tick_s=0.1, renewal_s=0.1, instant_averaging_s=0.025, samples_every_s=0.02
+    ),
     electrical_lag_s=0.002,  # assumed
     activity_noise=0.01,  # assumed
 )
@@ -279,6 +285,7 @@ GB10 = GpuProfile(
         tick_s=0.1,  # assumed: that the counter works is FACTS, its tick is not known
         renewal_s=0.1,  # assumed
         instant_averaging_s=0.025,  # assumed
+        samples_every_s=None,  # not known
         not_supported=frozenset({"power_limit_w"}),  # FACTS
     ),
     electrical_lag_s=0.002,  # assumed

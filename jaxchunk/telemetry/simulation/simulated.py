@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxchunk.telemetry.device import ReadError
+from jaxchunk.telemetry.device import NotSupported, PowerSamples, ReadError
 
 
 class PowerProfile(Protocol):
@@ -104,10 +104,13 @@ class SimulatedDevice:
     """A `Device` over a `PowerProfile`; it is idle (`profile.power_w(0)`) before time 0.
 
     Its instruments: an energy counter that moves every `tick_s` (shifted by `tick_phase_s`) and restarts from 0
-    at `reset_at_s`; exact instantaneous power; power averaged over the last `averaging_s`; throttle time that
-    accrues at `throttle_rates` seconds a second. `failing` maps a call's name to the error that it raises, and
-    may be changed at any time; `calls` counts the calls.
+    at `reset_at_s`; exact instantaneous power; power averaged over the last `averaging_s`; where `samples_every_s` is
+    given, `SAMPLES_KEPT` samples of its own, each the mean over the last `sample_mean_s` (0: at that instant), by a
+    clock that is `samples_clock_s` ahead; throttle time that accrues at `throttle_rates` seconds a second. `failing`
+    maps a call's name to the error that it raises, and may be changed at any time; `calls` counts the calls.
     """
+
+    SAMPLES_KEPT = 120
 
     def __init__(
         self,
@@ -117,6 +120,9 @@ class SimulatedDevice:
         tick_s: float = 0.1,
         tick_phase_s: float = 0.0,
         averaging_s: float = 1.0,
+        samples_every_s: float | None = None,
+        sample_mean_s: float = 0.0,
+        samples_clock_s: float = 1e9,
         reset_at_s: float = math.inf,
         throttle_rates: Mapping[str, float] | None = None,
         failing: Mapping[str, ReadError] | None = None,
@@ -130,6 +136,9 @@ class SimulatedDevice:
         self._tick_s = tick_s
         self._tick_phase_s = tick_phase_s
         self._averaging_s = averaging_s
+        self._samples_every_s = samples_every_s
+        self._sample_mean_s = sample_mean_s
+        self.samples_clock_s = samples_clock_s
         self._reset_at_s = reset_at_s
         self._throttle_rates = dict(throttle_rates or {"sw_power_cap": 0.0, "sw_thermal": 0.0})
 
@@ -155,6 +164,18 @@ class SimulatedDevice:
         self._answer("power_average_w")
         now_s = self._clock()
         return self.true_energy_j(now_s - self._averaging_s, now_s) / self._averaging_s
+
+    def power_samples_w(self) -> PowerSamples:
+        """See `Device`; whole milliwatts, as NVML."""
+        self._answer("power_samples_w")
+        if self._samples_every_s is None:
+            raise NotSupported("NVML_ERROR_NOT_SUPPORTED")
+        newest = math.floor(self._clock() / self._samples_every_s)
+        times_s = [n * self._samples_every_s for n in range(newest - self.SAMPLES_KEPT + 1, newest + 1)]
+        return PowerSamples(
+            self._clock() + self.samples_clock_s,
+            [(t + self.samples_clock_s, math.floor(self._sample_w(t) * 1e3) / 1e3) for t in times_s],
+        )
 
     def sm_clock_mhz(self) -> float:
         """See `Device`."""
@@ -184,6 +205,12 @@ class SimulatedDevice:
     def describe(self) -> dict[str, object]:
         """See `Device`."""
         return {"name": self.name, "uuid": self.uuid, "simulated": True}
+
+    def _sample_w(self, time_s: float) -> float:
+        mean_s = self._sample_mean_s
+        if mean_s > 0.0:
+            return self.true_energy_j(time_s - mean_s, time_s) / mean_s
+        return self.profile.power_w(max(time_s, 0.0))
 
     def _answer(self, call: str) -> None:
         self.calls[call] = self.calls.get(call, 0) + 1

@@ -58,7 +58,7 @@ def test_what_a_profile_answers(profile):
     _, device = rig(profile, call_time_s={})
     probes = probe(device)
     absent = {call for call, result in probes.items() if result.status == "not_supported"}
-    assert absent == ({"power_limit_w"} if profile is GB10 else set())
+    assert absent == ({"power_limit_w", "power_samples_w"} if profile is GB10 else set())
     assert all(probes[call].supported for call in set(CALLS) - absent)
     assert device.calls == dict.fromkeys(CALLS, 1)
     assert device.name == f"simulated {profile.name}"
