@@ -168,13 +168,14 @@ def _poll(device: Device, wall_s: Mapping[str, float], seconds: float, clocks: C
             continue
         look.due_s = now_s + look.every_s
         try:
-            value = read(device, call)
+            answer = read(device, call)
         except ReadError as error:
             look.failures += 1
             look.last_failure = error.reason
             continue
-        if isinstance(value, PowerSamples):
-            value = value.samples[-1] if value.samples else math.nan
+        value: Any = answer
+        if isinstance(answer, PowerSamples):
+            value = answer.samples[-1] if answer.samples else math.nan
         if isinstance(value, float) and not math.isfinite(value):
             look.failures += 1
             look.last_failure = f"not a finite number: {value}"

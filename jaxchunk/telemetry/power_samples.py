@@ -39,9 +39,7 @@ class SampleCurve(PowerCurve):
     def add_samples(self, start_s: float, end_s: float, samples: Sequence[tuple[float, float]]) -> None:
         """Adds the answer, in (seconds, W), to a question asked at `start_s` and answered at `end_s`."""
         self._note_reading(start_s, end_s)
-        apart_s = [after[0] - before[0] for before, after in itertools.pairwise(samples)]
-        if apart_s:
-            self._apart_s = statistics.median(apart_s)
+        self._apart_s = _usual_distance_s(samples) or self._apart_s
         for time_s, power_w in samples:
             continuous = True
             if self._times_s:
@@ -67,6 +65,12 @@ class SampleCurve(PowerCurve):
         return len(self._times_s) >= 2 and self._times_s[-2] >= end_s
 
 
+def _usual_distance_s(samples: Sequence[tuple[float, float]]) -> float:
+    """Median time between two samples, 0 where there are fewer; a clock that was set among them does not matter."""
+    apart_s = [after[0] - before[0] for before, after in itertools.pairwise(samples)]
+    return statistics.median(apart_s) if apart_s else 0.0
+
+
 class SampleReader:
     """Finds the new samples in each answer of the device and puts them on the sampler's clock.
 
@@ -89,8 +93,7 @@ class SampleReader:
         answer, start_s, end_s = reading.value, reading.start_s, reading.end_s
         if not isinstance(answer, PowerSamples):
             return reading
-        if answer.samples:
-            self.kept_s = answer.samples[-1][0] - answer.samples[0][0]
+        self.kept_s = len(answer.samples) * _usual_distance_s(answer.samples) or self.kept_s
         drift_s = self.DRIFT * (end_s - self._known_s) if math.isfinite(self._known_s) else 0.0
         shortest_s = max(self._shortest_s - drift_s, start_s - answer.asked_s)
         longest_s = min(self._longest_s + drift_s, end_s - answer.asked_s)
