@@ -46,7 +46,14 @@ def test_sharded_agrees_with_one_device():
     assert re.search(r"weight P\('model'.*hidden P\('data'", printed)
 
 
+def test_a_routed_mlp_in_chunks_agrees_with_one_without():
+    printed = run_example("moe_mlp.py")
+    losses, temporaries = zip(*re.findall(r"loss ([\d.]+), (\d+) MiB", printed), strict=True)
+    assert losses[0] == losses[1] and int(temporaries[1]) < int(temporaries[0]) / 3
+    assert float(re.search(r"largest element: (\S+)", printed)[1]) < 1e-5
+
+
 def test_every_example_is_run_and_listed():
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"plain_pytrees.py", "flax_nnx.py", "equinox_module.py", "sharded.py"}
+    assert names == {"plain_pytrees.py", "flax_nnx.py", "equinox_module.py", "moe_mlp.py", "sharded.py"}
     assert all(f"({name})" in (EXAMPLES / "README.md").read_text() for name in names)

@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from jaxchunk.bench.softmax_kernel import softmax_rows
 from jaxchunk.errors import InputError
+from jaxchunk.interleaving import interleave
 
 DTYPES = ("bfloat16", "float16", "float32")
 SOFTMAXES = ("pallas", "pallas_interpret", "xla")
@@ -119,16 +120,20 @@ class SoftmaxWorkload:
                 raise InputError(f"{name} is {array.dtype}{list(array.shape)}; it must be {self.dtype}{list(shape)}")
         rows = self.chunk_rows(num_chunks)
 
-        def update(chunk: Float[Array, "C K"]) -> Float[Array, "K N"]:
-            probabilities = self._softmax(_matmul(chunk, b, (1, 0), self.dtype))
-            return _matmul(chunk, probabilities, (0, 0), jnp.float32)
-
-        if num_chunks == 1:
-            return update(a)
-        if padding := num_chunks * rows - self.m:
+        if num_chunks > 1 and (padding := num_chunks * rows - self.m):
             a = jnp.pad(a, ((0, padding), (0, 0)))
-        chunks = a.reshape(num_chunks, rows, self.k)
-        return lax.scan(lambda acc, chunk: (acc + update(chunk), None), jnp.zeros(b.shape, jnp.float32), chunks)[0]
+
+        def product(chunk: Array, b: Array) -> tuple[Array, Array]:
+            return chunk, _matmul(chunk, b, (1, 0), self.dtype)
+
+        def softmax(state: tuple[Array, Array], _: Array) -> tuple[Array, Array]:
+            chunk, logits = state
+            return chunk, self._softmax(logits)
+
+        def accumulated(state: tuple[Array, Array], _: Array) -> tuple[tuple[()], Array]:
+            return (), _matmul(*state, (0, 0), jnp.float32)
+
+        return interleave([product, softmax, accumulated], a, b, num_chunks=num_chunks, sums=True)[1]
 
     def reference(self, a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float[Array, "K N"]:
         """The same unchunked, float32 throughout."""
