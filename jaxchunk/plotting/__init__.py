@@ -5,7 +5,7 @@ Those that need the statistics of benchmarks are in `jaxchunk.bench.figures`.
 
 from jaxchunk.plotting.lm_head import AUTODIFF, FLOOR, plot_lm_head, plot_multiples_of_floor
 from jaxchunk.plotting.training import plot_comparison, plot_losses, plot_training
-from jaxchunk.plotting.training_pair import plot_training_pair
+from jaxchunk.plotting.training_arms import plot_training_arms
 
 __all__ = [
     "AUTODIFF",
@@ -15,5 +15,5 @@ __all__ = [
     "plot_losses",
     "plot_multiples_of_floor",
     "plot_training",
-    "plot_training_pair",
+    "plot_training_arms",
 ]
