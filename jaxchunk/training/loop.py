@@ -195,7 +195,7 @@ class _Training:
             for step in range(first, last + 1):
                 if self._stop.signal_name is not None:
                     break
-                self._trace.before(step)
+                self._trace.before(step, state)
                 state, metrics = self._programs.train_step(state, next(self._plan.batches))
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
@@ -294,7 +294,7 @@ class _Training:
 
     def _open_trace(self) -> StepTrace:
         steps = None if self._config.profile_steps is None else parse_steps(self._config.profile_steps)
-        return StepTrace(steps, self._run.path / "profile", self._progress.say)
+        return StepTrace(steps, self._run.path / "profile", self._progress.say, self._programs.train_step_text)
 
     def _save(self, state: TrainState) -> None:
         """Begins to save the state after the last step, unless it is in doubt."""

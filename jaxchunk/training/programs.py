@@ -30,6 +30,7 @@ class Programs(NamedTuple):
     `init` takes what `Model.start` gives; parameters are donated.
     `state` has the shape, dtype and sharding of every array of the state: what a checkpoint is restored into.
     `compile_times` has one entry a program; sizes of micro-batches that did not fit count in "train_step".
+    `train_step_text` gives the optimised HLO.
     """
 
     state: TrainState
@@ -38,6 +39,7 @@ class Programs(NamedTuple):
     eval_step: Callable[[qwen2.Params, Batch], tuple[Array, Array]]
     memory_plan: MemoryPlan
     compile_times: dict[str, CompileTime]
+    train_step_text: Callable[[], str | None]
 
     @property
     def compile_time_s(self) -> float:
@@ -81,7 +83,7 @@ def compile_programs(
     eval_step, eval_time = compile_timed(jitted_eval, state.params, batch, options=options)
     times = {"init": init_time, "train_step": sum_of(step_times), "eval_step": eval_time}
     placed = jax.tree.map(lambda a, sharding: a.update(sharding=sharding), state, init.output_shardings)
-    return Programs(placed, init, train_step, eval_step, plan, times)
+    return Programs(placed, init, train_step, eval_step, plan, times, train_step.as_text)
 
 
 def compiler_options(config: TrainConfig, platform: str) -> dict[str, str | bool] | None:
