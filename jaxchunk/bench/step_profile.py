@@ -8,6 +8,7 @@ instruction, a library's kernel stays unattributed. `XLA_FLAGS=--xla_gpu_enable_
 import dataclasses
 import gzip
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,10 +110,13 @@ def kernels_of(profile: Any, scopes: Mapping[str, str]) -> Iterator[Kernel]:
 def _of_line(events: Iterable[Any], scopes: Mapping[str, str], on_gpu: bool) -> Iterator[Kernel]:
     """Kernels of a stream or thread, where one may contain others."""
     found = []
-    for event in events:
-        stats = dict(event.stats)
-        if on_gpu or "hlo_op" in stats:
-            found.append((event.start_ns, event.start_ns + event.duration_ns, event.name, stats))
+    with warnings.catch_warnings():
+        # jaxlib 0.11 makes the type of `stats` at its first use, and Python 3.12 deprecates how; as an error that aborts.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for event in events:
+            stats = dict(event.stats)
+            if on_gpu or "hlo_op" in stats:
+                found.append((event.start_ns, event.start_ns + event.duration_ns, event.name, stats))
     inner_ns: dict[int, float] = defaultdict(float)
     open_events: list[int] = []
     found.sort(key=lambda event: (event[0], -event[1]))
