@@ -48,6 +48,8 @@ def keep_programs(cache_dir: Path) -> None:
     The least recently used programs go when there are more than 4 GB. Who can write there can run code here: JAX loads
     what it finds.
 
+    Some CPUs refuse to load what they compiled, with a line of XLA's log, and compile anew (jax-ml/jax issue 38445).
+
     Of XLA's own caches beside it none is turned on. That of kernels loses what a kernel with TMA needs (openxla/xla
     issue 35951), and that of timings would hand choices made by timing to `--deterministic`.
     """

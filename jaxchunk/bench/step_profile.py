@@ -111,7 +111,7 @@ def _of_line(events: Iterable[Any], scopes: Mapping[str, str], on_gpu: bool) -> 
     """Kernels of a stream or thread, where one may contain others."""
     found = []
     with warnings.catch_warnings():
-        # jaxlib 0.11 makes the type of `stats` at its first use, and Python 3.12 deprecates how; as an error that aborts.
+        # jaxlib 0.11 makes the type of `stats` at its first use, how Python 3.12 deprecates; as an error that aborts.
         warnings.simplefilter("ignore", DeprecationWarning)
         for event in events:
             stats = dict(event.stats)

@@ -7,6 +7,7 @@ theirs is one (`step_process`): together they need more memory than there is.
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import jax
 from jaxchunk import data, plotting
 from jaxchunk.bench import harness, training_peers
 from jaxchunk.bench.harness import BenchConfig, Benchmark
+from jaxchunk.bench.peers import ALL
 from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.bench.step_process import StepProcesses
 from jaxchunk.bench.training_summary import summarize, table
@@ -28,6 +30,7 @@ from jaxchunk.training import config as training_config
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.plan import Plan, prepare
 
+_logger = logging.getLogger("jaxchunk")
 OURS = "jaxchunk"
 _FROM_TRAINER = ("model", "data", "seq_len", "batch_size", "micro_batch_size", "lmhead_impl", "seed", "cache_dir")
 
@@ -98,7 +101,15 @@ def run(config: TrainingBenchConfig, environment: Mapping[str, str]) -> None:
     def variants() -> list[Variant]:
         if not peers:
             return own_variants(config, latest)
-        return [_noting(variant, latest) for name in (*peers, OURS) for variant in processes.variants(name)]
+        found: list[Variant] = []
+        for name in (*peers, OURS):
+            try:
+                found += [_noting(variant, latest) for variant in processes.variants(name)]
+            except RunFailedError as error:
+                if name == OURS or ALL not in config.peers:
+                    raise
+                _logger.warning("%s is left out: %s", name, error)
+        return found
 
     def report(directory: RunDirectory, measurements: Sequence[Measurement]) -> str:
         return _report(directory, measurements, config.batch_size * config.seq_len)

@@ -1,10 +1,12 @@
 """The arms of a training pair differ in their chunks only."""
 
+import json
+import sys
 import types
 
 import pytest
 
-from jaxchunk.bench import training
+from jaxchunk.bench import training, training_peers
 from jaxchunk.bench.protocol import Measurement
 from jaxchunk.bench.training import TrainingBenchConfig
 from jaxchunk.bench.training_summary import summarize, table
@@ -88,3 +90,22 @@ def test_a_loss_that_is_not_finite_spoils_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(training.harness, "run", lambda benchmark: benchmark.variants())
     with pytest.raises(RunFailedError, match="the loss of jaxchunk is nan at the end"):
         training.run(TrainingBenchConfig(out_dir=str(tmp_path / "run"), settle_s=0.0), {})
+
+
+def test_of_all_peers_one_that_fails_is_left_out(monkeypatch, caplog):
+    """By the processes themselves: a fake of each, and of ours."""
+    answer = json.dumps({"variants": [{"name": "x", "factors": {}}]})
+    scripts = {
+        "liger": "exit(4)",
+        "transformers": f"print({answer!r}); input()",
+        "jaxchunk": f"print({answer!r}); input()",
+    }
+    monkeypatch.setattr(training, "_command", lambda name, config: [sys.executable, "-c", scripts[name]])
+    monkeypatch.setattr(training_peers, "choose", lambda names: ["liger", "transformers"])
+    found = []
+    monkeypatch.setattr(training.harness, "run", lambda benchmark: found.extend(benchmark.variants()))
+    training.run(TrainingBenchConfig(peers=("all",), settle_s=0.0), {})
+    assert len(found) == 2
+    assert "liger is left out: liger: its process ended with status 4; what it said is above" in caplog.messages
+    with pytest.raises(RunFailedError, match="liger: its process ended with status 4"):
+        training.run(TrainingBenchConfig(peers=("liger",), settle_s=0.0), {})
