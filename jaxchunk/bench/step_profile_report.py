@@ -33,7 +33,7 @@ def write(run: Path, peak_tflops: float | None, bandwidth_tbs: float | None) -> 
         raise InputError(f"{run} holds no run of train.py: config.json and env.json are missing or damaged") from None
     costs, rates = _costs(config, chosen), _rates(about, config, peak_tflops, bandwidth_tbs)
     profile = None
-    if config["profile_steps"] is not None:
+    if config.get("profile_steps") is not None:  # runs of earlier versions do not have it
         first, last = parse_steps(config["profile_steps"])
         profile = step_profile.read(run / "profile", last - first + 1)
     lines = [_title(config, about), "", step_profile.table(profile, costs, rates)]
