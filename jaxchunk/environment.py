@@ -17,7 +17,15 @@ import jaxchunk
 _PACKAGES = (
     *("jax", "jaxlib", "numpy", "optax", "grain", "orbax-checkpoint", "tokenizers", "safetensors"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
-    *("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),  # bench/peers.py
+    *(
+        "torch",
+        "triton",
+        "transformers",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "quack-kernels",
+        "nvidia-cutlass-dsl",
+    ),  # bench/peers.py
 )
 _VARIABLES = ("XLA_", "JAX_", "JAXCHUNK_", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
 

@@ -20,7 +20,7 @@ class PlotConfig:
     """What to draw."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories that train.py, microbench.py, bench_training.py, bench_lm_head.py or bench_peers.py wrote."""
+    """Directories that train.py, microbench.py, bench_train.py, bench_lm_head.py or bench_peers.py wrote."""
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
                 print(plotting.plot_training(run))
             elif figures.is_microbench(run):  # likewise
                 print(*figures.plot_microbench(run), sep="\n")
-            elif _is_training_pair(run):
-                print(plotting.plot_training_pair(run))
+            elif _has_training_arms(run):
+                print(plotting.plot_training_arms(run))
             elif (run / "shapes.json").exists():
                 print(lm_head_shapes.report(run))
             elif (run / "records.jsonl").exists() and (run / "summary.json").exists():
@@ -51,7 +51,7 @@ def main() -> None:
             print(figure or "no comparison of power and clocks: none of these runs has telemetry")
 
 
-def _is_training_pair(run: Path) -> bool:
+def _has_training_arms(run: Path) -> bool:
     config = run / "config.json"
     return (run / "records.jsonl").exists() and config.exists() and "piece_s" in json.loads(config.read_text())
 

@@ -3,11 +3,14 @@
 import logging
 import os
 import signal
+from pathlib import Path
 
 import jax
 import tyro
 
 from jaxchunk import device_memory
+from jaxchunk.compilation import keep_programs
+from jaxchunk.data import default_cache_dir
 from jaxchunk.errors import reported_errors
 from jaxchunk.training.config import TrainConfig, default_config
 from jaxchunk.training.loop import train
@@ -22,6 +25,8 @@ def main() -> None:
     default = default_config(jax.default_backend())
     config = tyro.cli(TrainConfig, default=default, description=__doc__, use_underscores=True)
     with reported_errors():
+        if config.compilation_cache:
+            keep_programs(Path(config.cache_dir) if config.cache_dir else default_cache_dir())
         summary = train(config)
         if summary["status"] == "interrupted":
             raise KeyboardInterrupt

@@ -78,19 +78,19 @@ def test_an_unknown_peer_ends_with_a_line_and_status_2():
     assert status == 2 and err.strip().splitlines()[-1].startswith("error: --peers is apex; choose from all, liger, ")
 
 
-def test_training_pair(tmp_path):
+def test_training_arms(tmp_path):
     path = tmp_path / "pair"
     flags = ("--piece_s", 0.2, "--repeats", 2, "--batch_size", 2, "--seq_len", 32, "--data", "synthetic")
-    status, out, err = run("bench_training.py", *flags, "--out_dir", path, "--record_telemetry")
+    status, out, err = run("bench_train.py", *flags, "--out_dir", path, "--record_telemetry")
     assert status == 0, err
     arms = json.loads((path / "summary.json").read_text())["arms"]
     assert [(arm["chunks"], arm["pieces"]) for arm in arms] == [(1, 2), (4, 2)]
     assert arms[0]["energy_j"] is None and arms[0]["energy_null_reason"] == "JAX runs on cpu: no GPU to measure"
-    assert (path / "training_pair.png").exists() and (path / "telemetry-readings-0.jsonl").exists()
+    assert (path / "training_arms.png").exists() and (path / "telemetry-readings-0.jsonl").exists()
     assert "energy null: JAX runs on cpu" in out
     assert arms[0]["steps"] == arms[1]["steps"]  # so that totals can be compared
     status, out, err = run("plot.py", path)
-    assert status == 0 and "training_pair.png" in out, err
+    assert status == 0 and "training_arms.png" in out, err
 
 
 def test_sampler_overhead(tmp_path):

@@ -60,7 +60,7 @@ def default_stages(quick: bool) -> tuple[Stage, ...]:
         ),
         Stage("lm_head", "The LM head", _script("bench_lm_head", *lm_head)),
         Stage("sampler", "What telemetry costs", _script("bench_sampler", *(["--quick"] if quick else []))),
-        Stage("training", "Training at two chunk counts", _script("bench_training", *training)),
+        Stage("training", "Training at two chunk counts", _script("bench_train", *training)),
     )
 
 

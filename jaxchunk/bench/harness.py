@@ -114,6 +114,7 @@ class Benchmark:
       variants: makes (compiles) the variants; called once the directory is known to be usable.
       report: writes summary, table and figures from the measurements, and returns what to print.
       num_devices: devices that are watched.
+      num_processes: of ours that may be on the device at a time.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Benchmark:
     variants: Callable[[], Sequence[Variant]]
     report: Callable[[RunDirectory, Sequence[Measurement]], str]
     num_devices: int = 1
+    num_processes: int = 1
 
 
 def run(benchmark: Benchmark) -> RunDirectory:
@@ -218,7 +220,10 @@ def _measure_all(
     total = len(variants) * benchmark.protocol.repeats
     try:
         conditions = _conditions(benchmark, variants, monitor, directory)
-        for warning in (*preflight.other_processes(monitor), *preflight.stuck_clocks(monitor, conditions)):
+        for warning in (
+            *preflight.other_processes(monitor, benchmark.num_processes),
+            *preflight.stuck_clocks(monitor, conditions),
+        ):
             _warn(directory, warning)
         piece = len(directory.read_json("run.json")["continued"])
         measuring = measure(variants, monitor, benchmark.protocol, conditions, done=done, piece=piece)

@@ -193,6 +193,10 @@ class Pending:
             self.done.synchronize()
         return self
 
+    def __float__(self) -> float:
+        """The number in a tensor of one."""
+        return float(self.block_until_ready().tensor)
+
     def to_jax(self) -> Array:
         """The tensor's memory as a JAX array, complete."""
         self.block_until_ready()

@@ -9,8 +9,8 @@ from jaxchunk.telemetry import AnyMonitor, ReadError
 _SLOW_SHARE = 0.5
 
 
-def other_processes(monitor: AnyMonitor) -> list[str]:
-    """Warnings about other processes that compute on the GPU."""
+def other_processes(monitor: AnyMonitor, own: int = 1) -> list[str]:
+    """Warnings about processes that compute on the GPU besides `own` ones, this one among them."""
     ask: Any = getattr(monitor.device, "compute_processes", None)
     if ask is None:
         return []
@@ -20,10 +20,9 @@ def other_processes(monitor: AnyMonitor) -> list[str]:
         return [f"whether something else runs on the GPU is not known: {error.reason}"]
     if os.getpid() in processes:
         del processes[os.getpid()]
-    elif len(processes) == 1:
-        return []  # this process under the number that it has outside of its container
-    elif processes:
-        processes.popitem()  # likewise; which of them it is does not matter
+        own -= 1
+    for _ in range(min(own, len(processes))):
+        processes.popitem()  # ours, or this one under its number outside of a container; which it is does not matter
     if not processes:
         return []
     held = [memory for memory in processes.values() if memory]

@@ -38,6 +38,8 @@ class Variant:
       prepare: to be called before a series of calls, or None: what it does is not measured.
       watched: whether telemetry is read during its window; without, its energy is null.
       factors: what distinguishes it from the others, for the records.
+      heats_itself: whether it brings the device to the common temperature by itself, after `prepare`, because another
+        one's work could not be done in its place without undoing that.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Variant:
     prepare: Callable[[], Any] | None = None
     watched: bool = True
     factors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    heats_itself: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +141,13 @@ def settle(variants: Sequence[Variant], monitor: AnyMonitor, protocol: Protocol)
     heater = variants[0]
     if _temperature_c(monitor) is None or protocol.temperature_tolerance_c is None:
         return Conditions(calls, heater.name, None, None)
-    powers_w = []
-    for variant in variants:
-        start_s = monitor.now()
-        _run_for(variant, monitor, _HEATING_CALLS_S)
-        powers_w.append(monitor.of(variant.devices).window(start_s, monitor.now()).power_w or 0.0)
-    heater = variants[int(np.argmax(powers_w))]
+    if not any(variant.heats_itself for variant in variants):
+        powers_w = []
+        for variant in variants:
+            start_s = monitor.now()
+            _run_for(variant, monitor, _HEATING_CALLS_S)
+            powers_w.append(monitor.of(variant.devices).window(start_s, monitor.now()).power_w or 0.0)
+        heater = variants[int(np.argmax(powers_w))]
     start_s = monitor.now()
     _heat_until_steady(heater, monitor, 2 * protocol.settle_s)
     end_s, own = monitor.now(), monitor.of(heater.devices)
@@ -186,7 +190,10 @@ def measure(
             if (variant.name, repeat) in finished:
                 continue
             for attempt in range(_ATTEMPTS):
-                start_c = _reach_temperature(heater, monitor, protocol, conditions.start_temperature_c, longest_s)
+                if variant.prepare is not None and variant.heats_itself:
+                    variant.prepare()
+                by = variant if variant.heats_itself else heater
+                start_c = _reach_temperature(by, monitor, protocol, conditions.start_temperature_c, longest_s)
                 longest_s = protocol.settle_s
                 measurement = _measure(variant, monitor, protocol, repeat, conditions.calls[variant.name], start_c)
                 if measurement.invalid_reason is None or attempt == _ATTEMPTS - 1:

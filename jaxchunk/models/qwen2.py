@@ -198,15 +198,17 @@ def hidden_states(
       execution: how to run it.
     """
     dtype = execution.compute_dtype
-    layers = {  # norms stay in the dtype of the parameters: they are applied in float32
-        name: leaf if name.endswith("norm") else leaf.astype(dtype) for name, leaf in params["layers"].items()
-    }
+    with jax.named_scope("weights_cast"):
+        layers = {  # norms stay in the dtype of the parameters: they are applied in float32
+            name: leaf if name.endswith("norm") else leaf.astype(dtype) for name, leaf in params["layers"].items()
+        }
     rotation = rope_rotation(config, jnp.arange(token_ids.shape[1]))
     block: Callable[[Array, Params], Array] = functools.partial(_block, config, execution, rotation)
     if execution.remat != "none":
         policy = jax.checkpoint_policies.dots_saveable if execution.remat == "dots" else None
         block = jax.checkpoint(block, policy=policy)
-    x = params["embedding"][token_ids].astype(dtype)
+    with jax.named_scope("embedding"):
+        x = params["embedding"][token_ids].astype(dtype)
     unroll = 1 if execution.scan_layers else config.num_hidden_layers
     x, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x, layers, unroll=unroll)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
@@ -219,6 +221,7 @@ def _block(
     return x + _mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer)
 
 
+@jax.named_scope("attention")
 def _attention(
     config: Qwen2Config, execution: Execution, rotation: tuple[Array, Array], x: Float[Array, "B S D"], layer: Params
 ) -> Float[Array, "B S D"]:
@@ -232,15 +235,18 @@ def _attention(
 
     q, k, v = map(project, "qkv")
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
-    with jax.default_matmul_precision("highest" if x.dtype.itemsize >= 4 else "default"):  # no TF32 here either
+    precision = "highest" if x.dtype.itemsize >= 4 else "default"  # no TF32 here either
+    with jax.default_matmul_precision(precision), jax.named_scope("attention_core"):
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=execution.attention)
     return _matmul(out.reshape(B, S, -1), layer["o_weight"])
 
 
+@jax.named_scope("mlp")
 def _mlp(x: Float[Array, "B S D"], layer: Params) -> Float[Array, "B S D"]:
     return _matmul(jax.nn.silu(_matmul(x, layer["gate_weight"])) * _matmul(x, layer["up_weight"]), layer["down_weight"])
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
     """Root-mean-square norm (arXiv:1910.07467), computed in float32, returned in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
@@ -268,6 +274,7 @@ def rope_frequencies(config: Qwen2Config) -> Float64[np.ndarray, " H/2"]:
     return frequencies * (kept + (1 - kept) / rope.factor)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: Float[Array, "B S N H"], rotation: tuple[Array, Array]) -> Float[Array, "B S N H"]:
     """Rotates the pairs (x[i], x[i + H/2]), as Hugging Face's checkpoints expect; in float32."""
     cos, sin = (jnp.expand_dims(r, 0) for r in rotation)

@@ -4,8 +4,9 @@ Those that need the statistics of benchmarks are in `jaxchunk.bench.figures`.
 """
 
 from jaxchunk.plotting.lm_head import AUTODIFF, FLOOR, plot_lm_head, plot_multiples_of_floor
+from jaxchunk.plotting.step_profile import plot_step_profile
 from jaxchunk.plotting.training import plot_comparison, plot_losses, plot_training
-from jaxchunk.plotting.training_pair import plot_training_pair
+from jaxchunk.plotting.training_arms import plot_training_arms
 
 __all__ = [
     "AUTODIFF",
@@ -14,6 +15,7 @@ __all__ = [
     "plot_lm_head",
     "plot_losses",
     "plot_multiples_of_floor",
+    "plot_step_profile",
     "plot_training",
-    "plot_training_pair",
+    "plot_training_arms",
 ]

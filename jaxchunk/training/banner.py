@@ -11,6 +11,7 @@ from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model
 from jaxchunk.training.plan import Plan
+from jaxchunk.training.programs import Programs
 
 
 def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -> str:
@@ -37,7 +38,7 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -
         "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
         "memory": programs.memory_plan.describe(),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
-        "compiled in": f"{programs.compile_time_s:.1f} s",
+        "compiled in": _compile_times(programs),
         "checkpoints": _checkpoints(config) + (f"; resumed after step {done_steps}" if done_steps else ""),
         "output": str(path),
     }
@@ -57,6 +58,16 @@ def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
     return (
         "the default on a CPU, which gains nothing from 16 bits" if device.platform == "cpu" else "named by the caller"
     )
+
+
+def _compile_times(programs: Programs) -> str:
+    names = {"init": "initial state", "train_step": "training step", "eval_step": "validation step"}
+    parts = [
+        f"{names[name]} {time.compile_s:.1f}{' from the cache' if time.from_cache else ''}"
+        for name, time in programs.compile_times.items()
+    ]
+    lower_s = sum(time.lower_s for time in programs.compile_times.values())
+    return f"{programs.compile_time_s:.1f} s ({', '.join(parts)}; lowering {lower_s:.1f})"
 
 
 def _checkpoints(config: TrainConfig) -> str:

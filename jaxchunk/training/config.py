@@ -97,7 +97,11 @@ class TrainConfig:
     """Where every line of steps.jsonl and validation.jsonl goes besides: tensorboard (event files in out_dir), wandb
     (Weights & Biases; WANDB_PROJECT, WANDB_MODE and the like are its own). Each is an extra to install."""
     cache_dir: str | None = None
-    """Where tokenizers and tokenised data are kept. Default: jaxchunk under the user's cache directory."""
+    """Where tokenizers, tokenised data and compiled programs are kept. Default: jaxchunk under the user's cache
+    directory."""
+    compilation_cache: bool = True
+    """Take programs from cache_dir that were compiled before. Without, XLA compiles anew, and on a GPU chooses kernels
+    anew by timing them. JAX_COMPILATION_CACHE_DIR comes before both."""
 
     @property
     def model_name(self) -> str:

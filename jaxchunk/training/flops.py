@@ -21,6 +21,17 @@ PEAK_FLOPS_16_BIT = {
 }
 
 
+# Memory bandwidth, bytes/s, from the same. What a copy reaches is some 10% less.
+BANDWIDTH = {
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA L40S": 0.864e12,
+    "NVIDIA GeForce RTX 4090": 1.008e12,
+}
+
+
 def training_flops_per_token(config: Qwen2Config, seq_len: int) -> float:
     """FLOPs of forward and backward for one token: 6 per weight that multiplies it, LM head included, plus attention.
 

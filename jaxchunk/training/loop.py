@@ -11,6 +11,7 @@ import jax
 
 import jaxchunk
 from jaxchunk import data, environment, plotting
+from jaxchunk.compilation import program_cache
 from jaxchunk.errors import RunFailedError
 from jaxchunk.models import hf, qwen2
 from jaxchunk.run_dir import RunDirectory, new_run_path
@@ -91,7 +92,7 @@ def _watching(run: RunDirectory, plan: Plan, history: History, device: jax.Devic
         record_path=run.path / readings if plan.config.record_telemetry else None,
     )
     about = environment.describe_environment(monitor.describe())
-    about |= {"chosen": plan.choices(), "data": plan.describe_data()}
+    about |= {"chosen": plan.choices(), "data": plan.describe_data(), "program_cache": program_cache()}
     elapsed_s = run.begin(dataclasses.asdict(plan.config), about, step=history.step)
     recorded_s = history.stretches[-1].end_s if history.stretches else 0.0
     monitor.start(elapsed_s=max(elapsed_s, recorded_s))  # the machine's clock may have been set back
@@ -161,7 +162,9 @@ class _Training:
                 self._progress.say(f"{reason}; what was measured is kept")
             saving = {} if self._checkpoints is None else {"checkpoint_blocked_s": self._checkpoints.blocked_s}
         summary = summarize(self._records, self._stretches, self._config.tokens_per_step)
-        outcome = {"status": status, "status_reason": reason, "compile_time_s": self._programs.compile_time_s}
+        times = {name: time._asdict() for name, time in self._programs.compile_times.items()}
+        compiling = {"compile_time_s": self._programs.compile_time_s, "compile_times": times}
+        outcome = {"status": status, "status_reason": reason, **compiling}
         validation = {"val_loss": self._validated[1]} if self._validated[0] else {}
         return outcome | summary | validation | saving
 
@@ -192,7 +195,7 @@ class _Training:
             for step in range(first, last + 1):
                 if self._stop.signal_name is not None:
                     break
-                self._trace.before(step)
+                self._trace.before(step, state)
                 state, metrics = self._programs.train_step(state, next(self._plan.batches))
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
@@ -291,7 +294,7 @@ class _Training:
 
     def _open_trace(self) -> StepTrace:
         steps = None if self._config.profile_steps is None else parse_steps(self._config.profile_steps)
-        return StepTrace(steps, self._run.path / "profile", self._progress.say)
+        return StepTrace(steps, self._run.path / "profile", self._progress.say, self._programs.train_step_text)
 
     def _save(self, state: TrainState) -> None:
         """Begins to save the state after the last step, unless it is in doubt."""

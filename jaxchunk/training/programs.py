@@ -1,6 +1,5 @@
 """The compiled programs of a run, made before the first step so that no window of time holds a compilation."""
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
+from jaxchunk.compilation import CompileTime, compile_timed, sum_of
 from jaxchunk.data import Batch
 from jaxchunk.models import qwen2
 from jaxchunk.training.config import TrainConfig
@@ -29,6 +29,8 @@ class Programs(NamedTuple):
 
     `init` takes what `Model.start` gives; parameters are donated.
     `state` has the shape, dtype and sharding of every array of the state: what a checkpoint is restored into.
+    `compile_times` has one entry a program; sizes of micro-batches that did not fit count in "train_step".
+    `train_step_text` gives the optimised HLO.
     """
 
     state: TrainState
@@ -36,7 +38,13 @@ class Programs(NamedTuple):
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     eval_step: Callable[[qwen2.Params, Batch], tuple[Array, Array]]
     memory_plan: MemoryPlan
-    compile_time_s: float
+    compile_times: dict[str, CompileTime]
+    train_step_text: Callable[[], str | None]
+
+    @property
+    def compile_time_s(self) -> float:
+        """Seconds before all of them were there."""
+        return sum(times.total_s for times in self.compile_times.values())
 
 
 def compile_programs(
@@ -44,28 +52,38 @@ def compile_programs(
 ) -> Programs:
     """Compiles initialisation, training step and validation step; settles the micro-batch size on the way.
 
+    One after the other: lowering takes under a second, and on a GPU XLA chooses kernels by timing them, which another
+    compilation at the same time would disturb.
+
     Raises:
       InputError: no micro-batch fits in `limit_bytes`.
     """
-    start_s = time.perf_counter()
     optimizer, options = make_optimizer(config), compiler_options(config, jax.default_backend())
     shapes = qwen2.param_shapes(model.config)
     if model.checkpoint is None:
-        lowered = jax.jit(lambda key: init_state(optimizer, qwen2.init(model.config, key))).lower(jax.random.key(0))
+        start = jax.jit(lambda key: init_state(optimizer, qwen2.init(model.config, key)))
+        init, init_time = compile_timed(start, jax.random.key(0), options=options)
     else:
-        lowered = jax.jit(lambda params: init_state(optimizer, params), donate_argnums=0).lower(shapes)
-    init = lowered.compile(options)
+        start = jax.jit(lambda params: init_state(optimizer, params), donate_argnums=0)
+        init, init_time = compile_timed(start, shapes, options=options)
     state = jax.eval_shape(lambda params: init_state(optimizer, params), shapes)
+
+    step_times: list[CompileTime] = []
 
     def compile_step(micro_batch_size: int) -> jax.stages.Compiled:
         step = make_train_step(config, model.config, execution, optimizer, micro_batch_size)
-        return jax.jit(step, donate_argnums=0).lower(state, _batch(config.batch_size, config)).compile(options)
+        batch = _batch(config.batch_size, config)
+        program, time = compile_timed(jax.jit(step, donate_argnums=0), state, batch, options=options)
+        step_times.append(time)
+        return program
 
     train_step, plan = compile_within_memory(config, model, compile_step, limit_bytes)
     jitted_eval = jax.jit(make_eval_step(config, model.config, execution))
-    eval_step = jitted_eval.lower(state.params, _batch(plan.micro_batch_size, config)).compile(options)
+    batch = _batch(plan.micro_batch_size, config)
+    eval_step, eval_time = compile_timed(jitted_eval, state.params, batch, options=options)
+    times = {"init": init_time, "train_step": sum_of(step_times), "eval_step": eval_time}
     placed = jax.tree.map(lambda a, sharding: a.update(sharding=sharding), state, init.output_shardings)
-    return Programs(placed, init, train_step, eval_step, plan, time.perf_counter() - start_s)
+    return Programs(placed, init, train_step, eval_step, plan, times, train_step.as_text)
 
 
 def compiler_options(config: TrainConfig, platform: str) -> dict[str, str | bool] | None:

@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 # Flags that change nothing of what is learned.
 _FREE = (
     *("out_dir", "overwrite", "resume", "allow_changed_data", "cache_dir", "record_telemetry", "log", "profile_steps"),
-    *("checkpoint_every", "keep_checkpoints", "val_every", "max_bad_steps"),
+    *("checkpoint_every", "keep_checkpoints", "val_every", "max_bad_steps", "compilation_cache"),
 )
 # Flags under which the same is computed in another order.
 _ROUNDING = ("micro_batch_size", "lmhead_chunks", "lmhead_impl", "attention", "remat", "scan_layers", "deterministic")

@@ -74,15 +74,16 @@ def summed_loss(
 ) -> Float[Array, ""]:
     """Sum of the tokens' losses over `normalizer`, through the chunked LM head."""
     hidden = qwen2.hidden_states(model, params, jnp.asarray(batch["tokens"]), execution)
-    return lm_head_loss(
-        hidden,
-        qwen2.lm_head_weight(params),
-        jnp.asarray(batch["labels"]),
-        num_chunks=config.lmhead_chunks,
-        implementation=config.lmhead_impl,
-        ignore_index=IGNORE_INDEX,
-        normalizer=normalizer,
-    )
+    with jax.named_scope("lm_head"):
+        return lm_head_loss(
+            hidden,
+            qwen2.lm_head_weight(params),
+            jnp.asarray(batch["labels"]),
+            num_chunks=config.lmhead_chunks,
+            implementation=config.lmhead_impl,
+            ignore_index=IGNORE_INDEX,
+            normalizer=normalizer,
+        )
 
 
 def make_train_step(
@@ -109,12 +110,13 @@ def make_train_step(
             )
 
         loss, gradients = _accumulate(loss_and_gradients, batch, micro_batch_size)
-        grad_norm = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        metrics = StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        return jax.tree.map(lambda new, old: _updated(finite, new, old), updated, state), metrics
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(gradients)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            new_state = jax.tree.map(lambda new, old: _updated(finite, new, old), updated, state)
+        return new_state, StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))
 
     return train_step
 

@@ -14,6 +14,7 @@ UNCOMPILED = {
     for name in (
         *("data", "out_dir", "cache_dir", "overwrite", "resume", "allow_changed_data", "seed"),
         *("val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "profile_steps", "log"),
+        "compilation_cache",
     )
 }
 

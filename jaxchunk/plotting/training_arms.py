@@ -1,6 +1,7 @@
-"""The figure of training at several chunk counts in turn."""
+"""The figure of training in several ways in turn."""
 
 import json
+import math
 from pathlib import Path
 
 from jaxchunk.plotting.style import BLUE, GREEN, ORANGE, VERMILION, new_panels
@@ -9,11 +10,11 @@ from jaxchunk.run_dir import read_json_lines
 _COLORS = (VERMILION, BLUE, GREEN, ORANGE)
 
 
-def plot_training_pair(run_path: Path) -> Path:
-    """Draws `training_pair.png`: time and joules a step, power and temperature of every piece, over the run's time.
+def plot_training_arms(run_path: Path) -> Path:
+    """Draws `training_arms.png`: time and joules a step, power and temperature of every piece, over the run's time.
 
     Args:
-      run_path: a directory that `scripts/bench_training.py` wrote.
+      run_path: a directory that `scripts/bench_train.py` wrote.
 
     Returns:
       The figure's path.
@@ -25,15 +26,14 @@ def plot_training_pair(run_path: Path) -> Path:
         ("power_w", 1.0, "power (W)"),
         ("temperature_c", 1.0, "temperature (°C)"),
     )
+    chunks = {r["variant"]: r["factors"].get("chunks", math.inf) for r in records}
+    names = sorted(chunks, key=lambda name: (chunks[name], name))
     panels = [measure for measure in measures if any(record[measure[0]] is not None for record in records)]
     figure, axes = new_panels(max(len(panels), 1))
     for axis, (field, scale, label) in zip(axes, panels, strict=False):
         axis.set_ylabel(label)
-        for color, chunks in zip(
-            _COLORS * len(records), sorted({r["factors"]["chunks"] for r in records}), strict=False
-        ):
-            own = [r for r in records if r["factors"]["chunks"] == chunks and r[field] is not None]
-            name = f"{chunks} chunk{'s' if chunks > 1 else ''}"
+        for color, name in zip(_COLORS * len(names), names, strict=False):
+            own = [r for r in records if r["variant"] == name and r[field] is not None]
             for i, record in enumerate(own):
                 span_min = [record["start_s"] / 60, record["end_s"] / 60]
                 axis.plot(
@@ -46,6 +46,6 @@ def plot_training_pair(run_path: Path) -> Path:
         f"{config['model']}, {config['batch_size']} x {config['seq_len']} tokens a step; every bar is one piece",
         fontsize=10,
     )
-    path = run_path / "training_pair.png"
+    path = run_path / "training_arms.png"
     figure.savefig(path, dpi=150)
     return path
