@@ -3,6 +3,7 @@
 from jaxchunk.data.cache import default_cache_dir
 from jaxchunk.data.corpus import Corpus, Document, read_corpus, stdlib_corpus
 from jaxchunk.data.dataset import Dataset, load_dataset, synthetic_dataset
+from jaxchunk.data.examples import is_examples
 from jaxchunk.data.packing import IGNORE_INDEX, PackedRows
 from jaxchunk.data.pipeline import (
     Batch,
@@ -26,6 +27,7 @@ __all__ = [
     "TokenFile",
     "TokenWindows",
     "default_cache_dir",
+    "is_examples",
     "load_dataset",
     "load_tokenizer",
     "open_tokens",

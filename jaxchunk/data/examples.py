@@ -48,8 +48,12 @@ def is_examples(data: str | Path | None) -> bool:
     return data is not None and Path(data).suffix == ".jsonl"
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path, needed: tuple[str, ...] = ("prompt", "completion")) -> list[dict[str, Any]]:
     """The lines of a JSONL file of examples, checked; empty lines are passed over.
+
+    Args:
+        path: the file.
+        needed: what a line with a prompt or a completion must have.
 
     Raises:
         InputError: the file cannot be read, has no example, or a line is not one of `FORMS`; with the line's number.
@@ -67,7 +71,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(content.split("\n"), 1):  # splitlines() would cut at U+2028, which JSON may hold
         if line.strip():
             try:
-                records.append(_checked(line))
+                records.append(_checked(line, needed))
             except InputError as error:
                 raise InputError(f"{path}, line {number}: {error}") from None
     if not records:
@@ -75,7 +79,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _checked(line: str) -> dict[str, Any]:
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """As `read_records`, but a prompt needs no completion."""
+    return read_records(path, needed=("prompt",))
+
+
+def _checked(line: str, needed: tuple[str, ...]) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -85,8 +94,7 @@ def _checked(line: str) -> dict[str, Any]:
     if "messages" in record:
         _check_messages(record["messages"])
         return record
-    names = ("prompt", "completion") if "prompt" in record or "completion" in record else ("text",)
-    for name in names:
+    for name in needed if "prompt" in record or "completion" in record else ("text",):
         if name not in record:
             found = ", ".join(map(repr, record)) or "nothing"
             raise InputError(f"it has {found}, but no {name!r}; it must be like {FORMS}")

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32, Integer, UInt32
 
 from jaxchunk.data.examples import Examples
 from jaxchunk.errors import InputError
@@ -78,6 +78,10 @@ class PackedRows:
     def efficiency(self) -> float:
         """Share of all positions that hold a token of an example."""
         return self.num_positions / max(1, len(self) * self.seq_len)
+
+    def prompts(self, count: int) -> list[UInt32[np.ndarray, " P"]]:
+        """What comes before the answer in the first `count` examples."""
+        return [self.examples.prompt(int(example)) for example in self._chosen[:count]]
 
     def reordered(self, seed: int) -> "PackedRows":
         """The same examples packed anew, in an order that follows from the seed."""

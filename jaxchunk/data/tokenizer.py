@@ -114,6 +114,12 @@ def separator_id(tokenizer: tokenizers.Tokenizer) -> int | None:
     return next((token_id for token_id in ids if token_id is not None), None)
 
 
+def stop_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Returns the ids at which a model has said what it had to say: the ends of documents and of turns."""
+    ids = (tokenizer.token_to_id(name) for name in _SEPARATORS)
+    return tuple(token_id for token_id in ids if token_id is not None)
+
+
 def encode_documents(
     tokenizer: tokenizers.Tokenizer, documents: Iterable[Document]
 ) -> Iterator[UInt32[np.ndarray, " N"]]:

@@ -1,7 +1,8 @@
 """LoRA: low-rank adapters beside frozen weights (arXiv:2106.09685), as functions on pytrees of parameters.
 
-A projection with an adapter computes x W + (alpha / R) (x A) B. A [in, R] is random and B [R, out] zero at first, so that
-training begins at the base model. Only A and B have gradients: W costs no GEMM for one, the LM head neither.
+A projection with an adapter computes x W + (alpha / R) (x A) B. A [in, R] is random and B [R, out] zero at first, so
+that training begins at the base model. Only A and B have gradients: W costs no GEMM for one, the LM head neither. The
+base is kept in the dtype of the GEMMs (`qwen2.cast_weights`), which need no more of it.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from jaxchunk.models.qwen2 import Params, Qwen2Config, param_shapes
@@ -60,13 +60,6 @@ def init(lora: LoraConfig, config: Qwen2Config, key: PRNGKeyArray) -> Params:
     return {"layers": {name: leaf(name, shape.shape) for name, shape in shapes.items()}}
 
 
-def freeze(params: Params, dtype: DTypeLike) -> Params:
-    """The base as it is kept: weights in the dtype of the GEMMs, which need no more, norms as they are."""
-    return jax.tree.map_with_path(
-        lambda path, leaf: leaf if path[-1].key.endswith("norm") else leaf.astype(dtype), params
-    )
-
-
 def attach(lora: LoraConfig, base: Params, adapters: Params) -> Params:
     """Parameters for `qwen2.hidden_states`: those of the base, and adapters beside them. The scale goes into A."""
     scaled = {name: leaf * lora.scale if name.endswith("_a") else leaf for name, leaf in adapters["layers"].items()}
@@ -74,7 +67,7 @@ def attach(lora: LoraConfig, base: Params, adapters: Params) -> Params:
 
 
 def merge(lora: LoraConfig, base: Params, adapters: Params) -> Params:
-    """Parameters without adapters that compute the same: W + (alpha / R) A B, summed in float32, in the base's dtype."""
+    """Parameters without adapters that compute the same: W + (alpha / R) A B, in the base's dtype."""
     layers = dict(base["layers"])
     for name in lora.targets:
         a, b = (adapters["layers"][f"{name}_lora_{factor}"] for factor in "ab")

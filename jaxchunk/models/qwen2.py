@@ -221,7 +221,7 @@ def hidden_states(
     def attend(q: Array, k: Array, v: Array) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=execution.attention)
 
-    layers = cast_layers(params, execution.compute_dtype)
+    layers = cast_weights(params["layers"], execution.compute_dtype)
     block: Callable[[Array, Params], Array] = functools.partial(decoder_block, config, attend, rotation)
     if execution.remat != "none":
         policy = jax.checkpoint_policies.dots_saveable if execution.remat == "dots" else None
@@ -232,9 +232,11 @@ def hidden_states(
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 
-def cast_layers(params: Params, dtype: DTypeLike) -> Params:
-    """The stacked layers in the compute dtype; norms stay as they are: they are applied in float32."""
-    return {name: leaf if name.endswith("norm") else leaf.astype(dtype) for name, leaf in params["layers"].items()}
+def cast_weights(params: Params, dtype: DTypeLike) -> Params:
+    """Parameters, or a part of them, in the compute dtype; norms stay as they are: they are applied in float32."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf if path[-1].key.endswith("norm") else leaf.astype(dtype), params
+    )
 
 
 def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -258,7 +260,7 @@ def decoder_block(
       attend: attention of queries [B, S, N, H] to keys and values [B, S, K, H], or to these and others that it knows.
       rotation: of the tokens' positions, as from `rope_rotation`.
       x: residual stream.
-      layer: the block's parameters, in the compute dtype (`cast_layers`).
+      layer: the block's parameters, in the compute dtype (`cast_weights`).
     """
     x = x + _attention(config, attend, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
     return x + _mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer)

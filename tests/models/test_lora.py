@@ -101,7 +101,7 @@ def test_frozen_weights_cost_no_gemm(base, tokens):
 
 def test_the_base_is_kept_in_the_compute_dtype_without_a_change_of_the_loss(base, tokens):
     base = jax.tree.map(lambda leaf: leaf * 1.001, base)  # norms that bfloat16 does not have
-    frozen = lora.freeze(base, jnp.bfloat16)
+    frozen = qwen2.cast_weights(base, jnp.bfloat16)
     assert {leaf.dtype for name, leaf in frozen["layers"].items() if name.endswith("weight")} == {jnp.dtype("bfloat16")}
     assert frozen["final_norm"].dtype == jnp.float32
     execution = Execution(compute_dtype=jnp.bfloat16)
@@ -112,7 +112,7 @@ def test_the_base_is_kept_in_the_compute_dtype_without_a_change_of_the_loss(base
 
 
 def test_a_fingerprint_tells_bases_apart(base):
-    found = {lora.fingerprint(base), lora.fingerprint(lora.freeze(base, jnp.bfloat16))}
+    found = {lora.fingerprint(base), lora.fingerprint(qwen2.cast_weights(base, jnp.bfloat16))}
     weight = base["layers"]["q_weight"]
     for changed in (
         weight.at[1, 2, 3].add(1e-6),
