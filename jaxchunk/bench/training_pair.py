@@ -97,7 +97,7 @@ def _variants(config: TrainingPairConfig, latest: dict[str, Any]) -> list[Varian
         plan if plan.programs.memory_plan.micro_batch_size == smallest else _prepare(base, chunks)
         for plan, chunks in zip(plans, config.chunks, strict=True)
     ]
-    shared: dict[str, Any] = {"state": plans[0].programs.init(*plans[0].model.start(config.seed))}
+    shared: dict[str, Any] = {"state": plans[0].programs.init(jax.random.key(config.seed), None)}
 
     def stepping(train_step: Callable[..., Any]) -> Callable[[], Any]:
         def step() -> Any:

@@ -28,6 +28,11 @@ CHATML = (
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+def has_chatml(has_token: Callable[[str], bool]) -> bool:
+    """Whether a tokenizer has the markers of ChatML as tokens."""
+    return all(map(has_token, CHATML_MARKERS))
+
+
 class Part(NamedTuple):
     """A piece of a rendered conversation, and whether it is what the assistant wrote (its end token included)."""
 
@@ -121,11 +126,10 @@ def load_template(tokenizer: Path, has_token: Callable[[str], bool]) -> ChatTemp
         source, description = file.read_text(encoding="utf-8"), str(file)
     if source is not None:
         return ChatTemplate(source, description, special_tokens)
-    lacking = [marker for marker in CHATML_MARKERS if not has_token(marker)]
-    if lacking:
+    if not has_chatml(has_token):
         raise InputError(
             f"messages need a chat template, and beside the tokenizer {tokenizer} there is none; nor can it be ChatML, "
-            f"since the tokenizer has no {' and no '.join(lacking)}: give one with a chat_template in its "
+            f"since the tokenizer lacks {' or '.join(CHATML_MARKERS)}: give one with a chat_template in its "
             "tokenizer_config.json, or data as prompts and completions"
         )
     return ChatTemplate(CHATML, "ChatML")

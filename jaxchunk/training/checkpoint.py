@@ -133,7 +133,7 @@ class Checkpoints:
 
     def _check_room(self, state: TrainState) -> None:
         """Refuses what the disk will not hold, before it is full: others write there too."""
-        needed = sum(array.nbytes for array in jax.tree.leaves((state.params, state.opt_state)))
+        needed = sum(array.nbytes for array in jax.tree.leaves(state._replace(frozen=None)))
         room = shutil.disk_usage(self._path)
         if room.total > 0 and room.free < needed:  # some file systems do not say
             raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.3g} GB, and {room.free / 1e9:.3g} are free")

@@ -118,7 +118,7 @@ def test_templates_that_cannot_be_used(source, words):
 
 
 def test_there_must_be_a_template(load):
-    with pytest.raises(InputError, match=r"no <\|im_start\|> and no <\|im_end\|>: give one with a chat_template"):
+    with pytest.raises(InputError, match=r"lacks <\|im_start\|> or <\|im_end\|>: give one with a chat_template"):
         load(CHAT, beside={}, markers=())
     assert len(load(PAIR, beside={}, markers=()).examples) == 1
     assert learnt_texts(load(CHAT, beside={})) == learnt_texts(load(CHAT, beside={"chat_template.jinja": CHATML}))
