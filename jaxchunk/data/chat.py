@@ -76,7 +76,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program: anything can go wrong in it
             raise InputError(f"the chat template of {self.description} refuses the conversation: {error}") from None
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
@@ -116,16 +116,19 @@ def load_template(tokenizer: Path, has_token: Callable[[str], bool]) -> ChatTemp
     Raises:
       InputError: a file is damaged, or there is no template and the tokenizer lacks ChatML's markers.
     """
-    config = _read_config(tokenizer.with_name("tokenizer_config.json"))
+    path = tokenizer.with_name("tokenizer_config.json")
+    config = _read_config(path)
     special_tokens = {name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name))) is not None}
     source = config.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    description = str(tokenizer.with_name("tokenizer_config.json"))
+        templates = {entry["name"]: entry["template"] for entry in source}
+        if "default" not in templates:
+            raise InputError(f"{path} has the chat templates {', '.join(templates)}, but none called default")
+        source = templates["default"]
     if (file := tokenizer.with_name("chat_template.jinja")).is_file():
-        source, description = file.read_text(encoding="utf-8"), str(file)
+        path, source = file, _read_text(file)
     if source is not None:
-        return ChatTemplate(source, description, special_tokens)
+        return ChatTemplate(source, str(path), special_tokens)
     if not has_chatml(has_token):
         raise InputError(
             f"messages need a chat template, and beside the tokenizer {tokenizer} there is none; nor can it be ChatML, "
@@ -166,10 +169,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(_read_text(path))
+    except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     return config if isinstance(config, dict) else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def _token_text(token: Any) -> str | None:

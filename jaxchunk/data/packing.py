@@ -102,10 +102,10 @@ class PackedRows:
         for segment, example in enumerate(self._chosen[row], 1):
             start, end = self.examples.starts[example : example + 2]
             end = min(end, start + self.seq_len + 1)
-            place = slice(position, position := position + int(end - start) - 1)
-            tokens[place] = self.examples.tokens[start : end - 1]
-            next_is_learnt = self.examples.learnt[start + 1 : end]
-            labels[place] = np.where(next_is_learnt, self.examples.tokens[start + 1 : end], IGNORE_INDEX)
+            own = self.examples.tokens[start:end].astype(np.int32)
+            place = slice(position, position := position + len(own) - 1)
+            tokens[place] = own[:-1]
+            labels[place] = np.where(self.examples.learnt[start + 1 : end], own[1:], IGNORE_INDEX)
             segment_ids[place] = segment
         return {"tokens": tokens, "labels": labels, "segment_ids": segment_ids}
 

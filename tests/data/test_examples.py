@@ -122,8 +122,13 @@ def test_there_must_be_a_template(load):
         load(CHAT, beside={}, markers=())
     assert len(load(PAIR, beside={}, markers=()).examples) == 1
     assert learnt_texts(load(CHAT, beside={})) == learnt_texts(load(CHAT, beside={"chat_template.jinja": CHATML}))
-    with pytest.raises(InputError, match=r"tokenizer_config.json cannot be read"):
-        load(CHAT, beside={"tokenizer_config.json": "{"})
+    unnamed = json.dumps({"chat_template": [{"name": "tool_use", "template": ""}]})
+    for content, words in (
+        ("{", "cannot be read"),
+        (unnamed, "has the chat templates tool_use, but none called default"),
+    ):
+        with pytest.raises(InputError, match=rf"tokenizer_config.json {words}"):
+            load(CHAT, beside={"tokenizer_config.json": content})
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,12 @@ def test_adapters_compute_the_same_in_peft(tmp_path):
 # As Llama 3 has it, and one that marks what the assistant says.
 TEMPLATES = {
     "chatml": CHATML,
-    "llama 3": "{% for message in messages %}{% set content = '[' + message['role'] + ']\n\n' + message['content'] | trim %}"
+    "llama 3": "{% for message in messages %}"
+    "{% set content = '[' + message['role'] + ']\n\n' + message['content'] | trim %}"
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]\n\n' }}{% endif %}",
-    "marked": "{%- for m in messages %}\n    {{- m.role }}{% if m.role == 'assistant' %}\n{% generation %}{{ m.content }}"
+    "marked": "{%- for m in messages %}\n    {{- m.role }}"
+    "{% if m.role == 'assistant' %}\n{% generation %}{{ m.content }}"
     "{% endgeneration %}{% else %}{{ m | tojson }}{% endif %}\n{% endfor %}",
 }
 
