@@ -2,13 +2,14 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import tokenizers
 
 from jaxchunk.errors import InputError
 
@@ -28,9 +29,9 @@ CHATML = (
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def has_chatml(has_token: Callable[[str], bool]) -> bool:
+def has_chatml(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether a tokenizer has the markers of ChatML as tokens."""
-    return all(map(has_token, CHATML_MARKERS))
+    return all(tokenizer.token_to_id(marker) is not None for marker in CHATML_MARKERS)
 
 
 class Part(NamedTuple):
@@ -106,17 +107,17 @@ class ChatTemplate:
         return [part for part in (*parts, Part(whole[position:], False)) if part.text]
 
 
-def load_template(tokenizer: Path, has_token: Callable[[str], bool]) -> ChatTemplate:
+def load_template(tokenizer_path: Path, tokenizer: tokenizers.Tokenizer) -> ChatTemplate:
     """The template beside a `tokenizer.json`; ChatML, as Qwen2 has it, where there is none.
 
     Args:
-      tokenizer: its path; `chat_template.jinja` and `tokenizer_config.json` are looked for in the same directory.
-      has_token: whether the tokenizer has a token of that name.
+      tokenizer_path: `chat_template.jinja` and `tokenizer_config.json` are looked for in the same directory.
+      tokenizer: what is in that file.
 
     Raises:
       InputError: a file is damaged, or there is no template and the tokenizer lacks ChatML's markers.
     """
-    path = tokenizer.with_name("tokenizer_config.json")
+    path = tokenizer_path.with_name("tokenizer_config.json")
     config = _read_config(path)
     special_tokens = {name: text for name in _SPECIAL_TOKENS if (text := _token_text(config.get(name))) is not None}
     source = config.get("chat_template")
@@ -125,14 +126,14 @@ def load_template(tokenizer: Path, has_token: Callable[[str], bool]) -> ChatTemp
         if "default" not in templates:
             raise InputError(f"{path} has the chat templates {', '.join(templates)}, but none called default")
         source = templates["default"]
-    if (file := tokenizer.with_name("chat_template.jinja")).is_file():
+    if (file := tokenizer_path.with_name("chat_template.jinja")).is_file():
         path, source = file, _read_text(file)
     if source is not None:
         return ChatTemplate(source, str(path), special_tokens)
-    if not has_chatml(has_token):
+    if not has_chatml(tokenizer):
         raise InputError(
-            f"messages need a chat template, and beside the tokenizer {tokenizer} there is none; nor can it be ChatML, "
-            f"since the tokenizer lacks {' or '.join(CHATML_MARKERS)}: give one with a chat_template in its "
+            f"messages need a chat template, and beside the tokenizer {tokenizer_path} there is none; nor can it be "
+            f"ChatML, since the tokenizer lacks {' or '.join(CHATML_MARKERS)}: give one with a chat_template in its "
             "tokenizer_config.json, or data as prompts and completions"
         )
     return ChatTemplate(CHATML, "ChatML")

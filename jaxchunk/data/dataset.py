@@ -153,7 +153,7 @@ def _from_examples(path: Path, tokenizer: str | Path | None, vocab_size: int, ca
     corpus = corpus_of(texts_of(records), str(path))
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     own, loaded = _tokenizer_for(corpus, tokenizer, vocab_size, cache_dir, CHATML_MARKERS)
-    template = functools.cache(lambda: load_template(own, lambda name: loaded.token_to_id(name) is not None))
+    template = functools.cache(lambda: load_template(own, loaded))
     examples = encode_examples(records, loaded, template, path)
     digest = hashlib.sha256()
     for values in (examples.tokens, examples.learnt, examples.starts):

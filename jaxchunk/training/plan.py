@@ -116,6 +116,11 @@ def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | Non
     held_out = None
     if config.val_data is not None:
         held_out = data.load_dataset(config.val_data, dataset.tokenizer_path, model.config.vocab_size, cache_dir)
+        if dataset.tokenizer_path is None and held_out.tokenizer_path is not None:
+            raise InputError(
+                f"--val_data {config.val_data} is text, and nothing says which tokenizer made the tokens of --data "
+                f"{config.data}: give it with --tokenizer"
+            )
     if about is not None:
         resume.check_data(config, about, dataset)
     split = data.split(dataset, config.seq_len, config.val_fraction, held_out=held_out)

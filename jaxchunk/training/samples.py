@@ -97,9 +97,7 @@ def _prompts_of(rows: data.TokenWindows | data.PackedRows) -> list[list[int]]:
 
 
 def _read_prompts(path: Path, tokenizer_path: Path, tokenizer: tokenizers.Tokenizer) -> list[list[int]]:
-    template = functools.cache(
-        lambda: load_template(tokenizer_path, lambda name: tokenizer.token_to_id(name) is not None)
-    )
+    template = functools.cache(lambda: load_template(tokenizer_path, tokenizer))
     if is_examples(path):
         records = read_prompts(path)
     else:

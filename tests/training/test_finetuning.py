@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxchunk import data
+from jaxchunk.data.chat import CHATML
 from jaxchunk.errors import InputError
 from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.run_dir import read_json_lines
@@ -126,6 +127,9 @@ def test_held_out_data_of_its_own(config, tmp_path, capsys):
     expected = len(tokenizer.encode(" 91.").ids) + 1
     assert {record["tokens"] for record in lines(config, "validation.jsonl")} == {expected}
     assert "40 examples in" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"nothing says which tokenizer made the tokens of --data synthetic"):
+        (tmp_path / "other.txt").write_text("some text " * 99)
+        loop.train(dataclasses.replace(config, data="synthetic", val_data=str(tmp_path / "other.txt"), overwrite=True))
     with pytest.raises(InputError, match=r"both must be .jsonl files of examples, or neither"):
         validate(dataclasses.replace(config, val_data="text.txt"))
 
@@ -243,6 +247,14 @@ def test_a_run_without_adapters_has_none_to_export(config, tmp_path):
     loop.train(dataclasses.replace(config, steps=1, sample_every=0))
     with pytest.raises(InputError, match="trained the model and no adapters"):
         export_adapters(Path(config.out_dir), tmp_path / "peft")
+
+
+def test_a_tokenizer_of_chats_is_exported_with_its_template(base):
+    about = json.loads((base / "tokenizer_config.json").read_text())
+    assert (about["chat_template"], about["eos_token"]) == (CHATML, "<|im_end|>")
+    tokenizer = data.load_tokenizer(base / "tokenizer.json")
+    stops = json.loads((base / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")]
 
 
 def test_what_adapters_save_is_counted():

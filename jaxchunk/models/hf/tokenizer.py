@@ -67,7 +67,7 @@ def write_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
         }
         if end is not None:
             about["eos_token"] = loaded.id_to_token(end)
-        if has_chatml(lambda name: loaded.token_to_id(name) is not None):  # what it was trained with, if with a chat
+        if has_chatml(loaded):  # what it was trained with, if with a chat
             about |= {"eos_token": CHATML_MARKERS[-1], "chat_template": CHATML}
         _write(directory / "tokenizer_config.json", about)
     if end is not None and not (directory / GENERATION_FILE).exists():
