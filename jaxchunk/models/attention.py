@@ -39,9 +39,9 @@ def _cudnn_obstacle(config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike,
     if jnp.dtype(compute_dtype).itemsize != 2:
         return f"it needs a 16-bit dtype, not {jnp.dtype(compute_dtype).name}"
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    operands = [jax.ShapeDtypeStruct((1, seq_len, n, config.head_dim), compute_dtype) for n in heads]
-
-    mask = jax.ShapeDtypeStruct((1, 1, seq_len, seq_len), jnp.bool_) if packed else None
+    rows = 2 if packed else 1  # a mask for each row is another case for cuDNN than one for all
+    operands = [jax.ShapeDtypeStruct((rows, seq_len, n, config.head_dim), compute_dtype) for n in heads]
+    mask = jax.ShapeDtypeStruct((rows, 1, seq_len, seq_len), jnp.bool_) if packed else None
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")

@@ -235,8 +235,8 @@ def test_one_segment_is_no_segments(params, tokens):
 def test_cudnn_attention_keeps_packed_sequences_apart():
     config = dataclasses.replace(qwen2.SIZES["qwen2-0.5b"], vocab_size=1000, num_hidden_layers=1)
     params = random_params(config)
-    tokens = jax.random.randint(jax.random.key(1), (1, 256), 0, 1000)
-    segments = packed((100, 3, 120), 256)
+    tokens = jax.random.randint(jax.random.key(1), (2, 256), 0, 1000)
+    segments = jnp.concatenate([packed((100, 3, 120), 256), packed((256,), 256)])
     assert choose_attention(config, 256, jnp.bfloat16, packed=True)[0] == "cudnn"
 
     def gradient(execution):
