@@ -210,9 +210,9 @@ def hidden_states(
       token_ids: ids in [0, V).
       execution: how to run it.
       segment_ids: where a row holds several sequences one after the other, the number of each token's: a token sees its
-        own sequence only, whose positions begin at 0. The mask is an array [B, 1, S, S] then. cuDNN takes it as a bias of
-        2 bytes an element, reads it in every head, computes the blocks that it masks, needs an even S, and with JAX 0.10
-        computes a gradient of it that nobody asks for. (Its layout for packed sequences is no public part of JAX.)
+        own sequence only, whose positions begin at 0. The mask is an array [B, 1, S, S] then. cuDNN takes it as a bias
+        of 2 bytes an element, reads it in every head, computes the blocks that it masks, needs an even S, and with JAX
+        0.10 computes a gradient of it that nobody asks for. (Its layout for packed sequences is no public part of JAX.)
     """
     rotation, mask = rope_rotation(config, jnp.arange(token_ids.shape[1])), None
     if segment_ids is not None:
