@@ -82,9 +82,14 @@ def fingerprint(params: Params) -> str:
 
     Each array gives the sum of its values' bits, weighted by place, modulo 2^32.
     """
-    sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_weighted_bits, params))(params))
+    sums = jax.device_get(_sums(params))
     names = jax.tree.map_with_path(lambda path, total: f"{jax.tree_util.keystr(path)} {int(total)}", sums)
     return hashlib.sha256("\n".join(sorted(jax.tree.leaves(names))).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _sums(params: Params) -> Params:
+    return jax.tree.map(_weighted_bits, params)
 
 
 def _weighted_bits(leaf: Array) -> Array:
