@@ -10,7 +10,7 @@ import tyro
 
 from jaxchunk.errors import reported_errors
 from jaxchunk.models import hf
-from jaxchunk.training.export import export_run
+from jaxchunk.training.export import export_adapters, export_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,9 @@ class ExportConfig:
     """Dtype of the stored weights; they were trained in float32."""
     max_shard_size: int = hf.MAX_SHARD_SIZE
     """Bytes in a safetensors file at most."""
+    adapters: bool = False
+    """Of a run with --lora_rank, write the adapters alone, in float32 and in PEFT's format. Without this they are
+    merged into the weights."""
 
 
 def main() -> None:
@@ -36,6 +39,10 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a checkpoint is opened for reading only
     config = tyro.cli(ExportConfig, description=__doc__, use_underscores=True)
     with reported_errors():
+        if config.adapters:
+            step = export_adapters(config.run_dir, config.out_dir, best=config.best)
+            print(f"{config.out_dir}: the adapters after step {step}, in float32")
+            return
         step = export_run(
             config.run_dir,
             config.out_dir,

@@ -135,7 +135,7 @@ def own_variants(config: TrainingBenchConfig, latest: dict[str, Any]) -> list[Va
         plan if plan.programs.memory_plan.micro_batch_size == smallest else _prepare(base, chunks)
         for plan, chunks in zip(plans, config.chunks, strict=True)
     ]
-    shared: dict[str, Any] = {"state": plans[0].programs.init(jax.random.key(config.seed))}
+    shared: dict[str, Any] = {"state": plans[0].programs.init(jax.random.key(config.seed), None)}
 
     def stepping(train_step: Callable[..., Any]) -> Callable[[], Any]:
         def step() -> Any:

@@ -1,10 +1,11 @@
-"""Text, tokens and batches: the embedded default corpus, tokenised memory maps, and the Grain pipeline."""
+"""Text, examples, tokens and batches: the embedded default corpus, tokenised memory maps, and the Grain pipeline."""
 
 from jaxchunk.data.cache import default_cache_dir
 from jaxchunk.data.corpus import Corpus, Document, read_corpus, stdlib_corpus
 from jaxchunk.data.dataset import Dataset, load_dataset, synthetic_dataset
+from jaxchunk.data.examples import is_examples
+from jaxchunk.data.packing import IGNORE_INDEX, PackedRows
 from jaxchunk.data.pipeline import (
-    IGNORE_INDEX,
     Batch,
     Split,
     TokenWindows,
@@ -21,10 +22,12 @@ __all__ = [
     "Corpus",
     "Dataset",
     "Document",
+    "PackedRows",
     "Split",
     "TokenFile",
     "TokenWindows",
     "default_cache_dir",
+    "is_examples",
     "load_dataset",
     "load_tokenizer",
     "open_tokens",

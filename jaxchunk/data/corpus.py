@@ -103,6 +103,12 @@ def read_corpus(path: Path | str) -> Corpus:
     return _corpus([Document(path.name, text)], str(path))
 
 
+def corpus_of(texts: Iterable[str], description: str) -> Corpus:
+    """Texts without names, in the order of their numbers' hashes; empty ones are left out."""
+    documents = [Document(str(number), text) for number, text in enumerate(texts) if text.strip()]
+    return _corpus(documents, description)
+
+
 def _read_directory(root: Path) -> Corpus:
     paths = _walk(root, skip_directory=lambda name: name.startswith("."))
     texts = (path for path in paths if path.suffix.lower() in TEXT_SUFFIXES and not path.name.startswith("."))

@@ -1,5 +1,6 @@
 """From what the user names (nothing, a text, tokens) to one stream of token ids."""
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import tokenizers
 from jaxtyping import UInt
 
 from jaxchunk.data.cache import default_cache_dir, is_cached
-from jaxchunk.data.corpus import Corpus, read_corpus, stdlib_corpus
+from jaxchunk.data.chat import CHATML_MARKERS, load_template
+from jaxchunk.data.corpus import Corpus, corpus_of, read_corpus, stdlib_corpus
+from jaxchunk.data.examples import Examples, encode_examples, is_examples, read_records, texts_of
 from jaxchunk.data.tokenizer import (
     encode_documents,
     load_tokenizer,
@@ -47,6 +50,7 @@ class Dataset:
         num_bytes: UTF-8 bytes of the text (for bits per byte); None where that is not known.
         separator_id: the id that ends each document; None where there is none.
         corpus_sha256: hex digest of the text (`Corpus.sha256`); None where there was no text.
+        examples: where examples begin in `tokens` and what of them is to be learnt; None for one running text.
     """
 
     tokens: UInt[np.ndarray, " N"] = field(repr=False)
@@ -57,6 +61,7 @@ class Dataset:
     num_bytes: int | None = None
     separator_id: int | None = None
     corpus_sha256: str | None = None
+    examples: Examples | None = field(default=None, repr=False)
 
 
 def load_dataset(
@@ -71,9 +76,10 @@ def load_dataset(
 
     Args:
         data: None for the standard library of the running Python; "synthetic" for uniformly random tokens;
-            else the path of a `.bin` file of tokens, of a text file, or of a directory with text files.
+            else the path of a `.bin` file of tokens, of a `.jsonl` file of examples (`examples.FORMS`), of a text file,
+            or of a directory with text files.
         tokenizer: path of a `tokenizer.json`; None trains a byte-level BPE of at most
-            `MAX_TRAINED_VOCAB_SIZE` entries on the text.
+            `MAX_TRAINED_VOCAB_SIZE` entries on the text. For messages, its chat template is the one beside it.
         vocab_size: the model's; the data may use less of it, never more.
         cache_dir: where the trained tokenizer and the tokens are kept; None for `default_cache_dir()`.
         seed: of the synthetic tokens.
@@ -89,15 +95,11 @@ def load_dataset(
         return synthetic_dataset(vocab_size, seed)
     if data is not None and Path(data).suffix == ".bin":
         return _from_token_file(Path(data), tokenizer, vocab_size)
+    if is_examples(data):
+        return _from_examples(Path(str(data)), tokenizer, vocab_size, cache_dir)
     corpus = stdlib_corpus() if data is None else read_corpus(data)
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    if tokenizer is None:
-        bpe_size = min(vocab_size, MAX_TRAINED_VOCAB_SIZE)
-        loaded = train_or_load_tokenizer(corpus, bpe_size, cache_dir)
-        path = tokenizer_path(corpus, bpe_size, cache_dir)
-    else:
-        path = Path(tokenizer)
-        loaded = _load_fitting_tokenizer(path, vocab_size)
+    path, loaded = _tokenizer_for(corpus, tokenizer, vocab_size, cache_dir)
     token_file = _tokens_of(corpus, loaded, cache_dir)
     return Dataset(
         tokens=token_file.tokens,
@@ -143,6 +145,45 @@ def _from_token_file(path: Path, tokenizer: str | Path | None, vocab_size: int) 
         tokenizer_path=None if tokenizer is None else Path(tokenizer),
         separator_id=separator,
     )
+
+
+def _from_examples(path: Path, tokenizer: str | Path | None, vocab_size: int, cache_dir: Path | None) -> Dataset:
+    """Examples are encoded at every start: unlike a corpus they are seldom large, and a template may change."""
+    records = read_records(path)
+    corpus = corpus_of(texts_of(records), str(path))
+    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    own, loaded = _tokenizer_for(corpus, tokenizer, vocab_size, cache_dir, CHATML_MARKERS)
+    template = functools.cache(lambda: load_template(own, loaded))
+    examples = encode_examples(records, loaded, template, path)
+    digest = hashlib.sha256()
+    for values in (examples.tokens, examples.learnt, examples.starts):
+        digest.update(values.tobytes())
+    return Dataset(
+        tokens=examples.tokens,
+        vocab_size=max_token_id(loaded) + 1,
+        description=f"{path}, {len(examples):,} examples",
+        sha256=digest.hexdigest(),
+        tokenizer_path=own,
+        num_bytes=corpus.num_bytes,
+        separator_id=separator_id(loaded),
+        corpus_sha256=corpus.sha256,
+        examples=examples,
+    )
+
+
+def _tokenizer_for(
+    corpus: Corpus,
+    tokenizer: str | Path | None,
+    vocab_size: int,
+    cache_dir: Path,
+    markers: tuple[str, ...] = (),
+) -> tuple[Path, tokenizers.Tokenizer]:
+    """The tokenizer that is given, or one that is trained on the text, with `markers` as special tokens of its own."""
+    if tokenizer is not None:
+        return Path(tokenizer), _load_fitting_tokenizer(Path(tokenizer), vocab_size)
+    bpe_size = min(vocab_size, MAX_TRAINED_VOCAB_SIZE)
+    loaded = train_or_load_tokenizer(corpus, bpe_size, cache_dir, markers)
+    return tokenizer_path(corpus, bpe_size, cache_dir, markers), loaded
 
 
 def _load_fitting_tokenizer(path: Path, vocab_size: int) -> tokenizers.Tokenizer:

@@ -1,19 +1,22 @@
-"""Windows of the token stream, split, shuffled and batched through Grain."""
+"""Windows of the token stream, or packed examples, split, shuffled and batched through Grain."""
 
+import logging
 from typing import NamedTuple, SupportsIndex, TypeAlias
 
 import grain
+import grain.experimental
 import numpy as np
 from jaxtyping import Int32, UInt
 
 from jaxchunk.data.dataset import Dataset
+from jaxchunk.data.examples import Examples
+from jaxchunk.data.packing import IGNORE_INDEX, PackedEpochs, PackedRows, fit_examples
 from jaxchunk.errors import InputError
 
-IGNORE_INDEX = -100
-"""The label of a position that no loss should count."""
+logger = logging.getLogger("jaxchunk.data")
 
 Batch: TypeAlias = dict[str, Int32[np.ndarray, "B S"]]
-"""`tokens` and `labels`, C-contiguous."""
+"""`tokens` and `labels`, and `segment_ids` where rows hold packed examples; C-contiguous."""
 
 Window: TypeAlias = dict[str, Int32[np.ndarray, " S"]]
 
@@ -49,31 +52,42 @@ class TokenWindows:
         return f"TokenWindows({len(self)} of {self.seq_len} tokens)"
 
 
+Rows: TypeAlias = TokenWindows | PackedRows
+
+
 class Split(NamedTuple):
-    """The two parts of a dataset; they share no token."""
+    """What is trained on and what is held out; they share no token and no example."""
 
-    train: TokenWindows
-    validation: TokenWindows
+    train: Rows
+    validation: Rows
 
 
-def split(dataset: Dataset, seq_len: int, validation_fraction: float = 0.05) -> Split:
-    """Divides the token stream: its last part is held out for validation, the rest is for training.
+def split(
+    dataset: Dataset, seq_len: int, validation_fraction: float = 0.05, *, held_out: Dataset | None = None
+) -> Split:
+    """Divides the data: a part is held out for validation, the rest is for training.
 
-    Where the dataset marks the ends of documents, the cut is moved back into the held-out part to the next
-    such end (if there is one in its first half), so that no document is in both parts.
+    Of a stream of tokens that is the last part. Where the dataset marks the ends of documents, the cut is moved back
+    into the held-out part to the next such end (if there is one in its first half), so that no document is in both
+    parts. Of examples it is some of them, from everywhere. Examples are packed; how many do not fit is told.
 
     Args:
         dataset: the tokens.
-        seq_len: S, the number of labels in a window.
-        validation_fraction: of the tokens that is held out; never less than one window.
+        seq_len: S, the number of labels in a window or row.
+        validation_fraction: of the tokens or examples that is held out; never less than one window or example.
+        held_out: data to validate on instead, all of it; then nothing of `dataset` is held out.
 
     Raises:
-        InputError: an argument is out of range, or there are too few tokens for a window in each part.
+        InputError: an argument is out of range, or there is too little for a window or example in each part.
     """
     if seq_len < 1:
         raise InputError(f"the sequence length is {seq_len}: it needs to be at least 1")
     if not 0 < validation_fraction < 1:
         raise InputError(f"the validation fraction is {validation_fraction}: it needs to be between 0 and 1")
+    if held_out is not None:
+        return Split(_all_rows(dataset, seq_len), _all_rows(held_out, seq_len))
+    if dataset.examples is not None:
+        return _split_examples(dataset.examples, dataset.description, seq_len, validation_fraction)
     num_tokens, window = len(dataset.tokens), seq_len + 1
     if num_tokens < 2 * window:
         raise InputError(
@@ -90,13 +104,48 @@ def split(dataset: Dataset, seq_len: int, validation_fraction: float = 0.05) -> 
     return Split(TokenWindows(dataset.tokens[:cut], seq_len), TokenWindows(dataset.tokens[cut:], seq_len))
 
 
-def train_batches(windows: TokenWindows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+def _all_rows(dataset: Dataset, seq_len: int) -> Rows:
+    if dataset.examples is not None:
+        return _pack(dataset.examples, np.arange(len(dataset.examples)), dataset.description, seq_len)
+    if len(dataset.tokens) <= seq_len:
+        raise InputError(
+            f"the data ({dataset.description}) has {len(dataset.tokens)} tokens, but a sequence of {seq_len} takes "
+            f"{seq_len + 1}: give more text or a shorter sequence length"
+        )
+    return TokenWindows(dataset.tokens, seq_len)
+
+
+def _split_examples(examples: Examples, description: str, seq_len: int, validation_fraction: float) -> Split:
+    count = len(examples)
+    if count < 2:
+        raise InputError(f"{description} has one example: it takes one to train on and one to validate on")
+    order = np.random.default_rng(0).permutation(count)  # whatever the run's seed, so that runs can be compared
+    num_held_out = int(np.clip(round(count * validation_fraction), 1, count - 1))
+    held_out, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
+    return Split(
+        _pack(examples, train, description, seq_len), _pack(examples, held_out, f"held out of {description}", seq_len)
+    )
+
+
+def _pack(examples: Examples, chosen: np.ndarray, description: str, seq_len: int) -> PackedRows:
+    fitting, num_cut, num_left_out = fit_examples(examples, chosen, seq_len)
+    if num_cut or num_left_out:
+        logger.warning(
+            "%s: of %d examples %d are longer than the %d tokens of a sequence and are cut at its end, %d more are "
+            "left out because nothing to be learnt is within them",
+            *(description, len(chosen), num_cut, seq_len + 1, num_left_out),
+        )
+    return PackedRows(examples, seq_len, fitting)
+
+
+def train_batches(windows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over shuffled batches, prepared on a background thread.
 
-    Every window comes once in each epoch, in an order that depends on the seed and the epoch alone; a batch
-    may hold the end of one epoch and the start of the next, so there may be fewer windows than rows.
-    `get_state()` gives a small JSON-serialisable dict after any batch, and `set_state()` on an iterator made
-    with the same arguments continues with exactly the batch that would have come next.
+    Every window or example comes once in each epoch, in an order that depends on the seed and the epoch alone (examples
+    are packed anew in each, in that order); a batch may hold the end of one epoch and the start of the next, so there
+    may be fewer windows than rows. `get_state()` gives a small JSON-serialisable dict after any batch, and
+    `set_state()` on an iterator made with the same arguments continues with exactly the batch that would have come
+    next.
 
     Args:
         windows: the source, at least one window.
@@ -109,6 +158,10 @@ def train_batches(windows: TokenWindows, batch_size: int, seed: int) -> grain.Da
     _check_batching(windows, batch_size)
     if seed < 0:
         raise InputError(f"the seed is {seed}: it needs to be 0 or larger")
+    if isinstance(windows, PackedRows):
+        packed = PackedEpochs(windows, seed).batch(batch_size, drop_remainder=True)
+        buffer_size = _READ_OPTIONS.prefetch_buffer_size
+        return iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=buffer_size))
     # Grain shuffles epoch e with seed + e, so that run 1 would repeat run 0 one epoch late. Hash the seed first.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     batches = (
@@ -121,9 +174,7 @@ def train_batches(windows: TokenWindows, batch_size: int, seed: int) -> grain.Da
     return iter(batches.to_iter_dataset(_READ_OPTIONS))
 
 
-def validation_batches(
-    windows: TokenWindows, batch_size: int, max_batches: int | None = None
-) -> grain.IterDataset[Batch]:
+def validation_batches(windows: Rows, batch_size: int, max_batches: int | None = None) -> grain.IterDataset[Batch]:
     """Returns the held-out batches, to be iterated over as often as needed.
 
     Every window comes once and in order. The last batch is filled up with rows whose labels are all
@@ -151,17 +202,18 @@ def validation_batches(
 
 
 def _stack_and_pad(rows: list[Window], batch_size: int) -> Batch:
-    shape = (batch_size, *rows[0]["tokens"].shape)
-    batch = {"tokens": np.zeros(shape, np.int32), "labels": np.full(shape, IGNORE_INDEX, np.int32)}
-    for name, values in batch.items():
-        values[: len(rows)] = [row[name] for row in rows]
+    batch = {}
+    for name, first in rows[0].items():
+        filler = IGNORE_INDEX if name == "labels" else 0
+        batch[name] = np.full((batch_size, *first.shape), filler, np.int32)
+        batch[name][: len(rows)] = [row[name] for row in rows]
     return batch
 
 
-def _check_batching(windows: TokenWindows, batch_size: int) -> None:
+def _check_batching(windows: Rows, batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}: it needs to be at least 1")
-    if len(windows) == 0:
+    if isinstance(windows, TokenWindows) and len(windows) == 0:
         raise InputError(
             f"{len(windows.tokens)} tokens make no window of {windows.seq_len}: it takes {windows.seq_len + 1}"
         )

@@ -32,23 +32,26 @@ _BATCH_CHARS = 1 << 23
 _SAFE_CUT = re.compile(r"(?:(?<=\S\n)|(?<=\S\r\n))(?=\S)")
 
 
-def train_or_load_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> tokenizers.Tokenizer:
+def train_or_load_tokenizer(
+    corpus: Corpus, vocab_size: int, cache_dir: Path, markers: tuple[str, ...] = ()
+) -> tokenizers.Tokenizer:
     """Returns the byte-level BPE of `corpus`, trained on first use and kept in `cache_dir`.
 
     Args:
         corpus: the text to train on.
         vocab_size: most entries it may have; a small corpus can give fewer.
-        cache_dir: where the file `tokenizer_path(corpus, vocab_size, cache_dir)` is kept.
+        cache_dir: where the file `tokenizer_path(corpus, vocab_size, cache_dir, markers)` is kept.
+        markers: special tokens besides the end of a text, such as those of a chat.
 
     Raises:
-        InputError: `vocab_size` is below `MIN_VOCAB_SIZE`, or the cache cannot be written.
+        InputError: `vocab_size` is below `MIN_VOCAB_SIZE` and the number of markers, or the cache cannot be written.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    if vocab_size < (needed := MIN_VOCAB_SIZE + len(markers)):
         raise InputError(
-            f"cannot train a byte-level BPE of {vocab_size} tokens: it needs at least {MIN_VOCAB_SIZE} "
-            "(256 bytes and the end of a text); give a larger vocabulary"
+            f"cannot train a byte-level BPE of {vocab_size} tokens: it needs at least {needed} "
+            f"(256 bytes, the end of a text{' and markers' if markers else ''}); give a larger vocabulary"
         )
-    path = tokenizer_path(corpus, vocab_size, cache_dir)
+    path = tokenizer_path(corpus, vocab_size, cache_dir, markers)
     if is_cached(path):
         try:
             tokenizer = load_tokenizer(path)
@@ -58,15 +61,16 @@ def train_or_load_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) ->
         except InputError as error:
             logger.warning("rebuilding the cached tokenizer: %s", error)
     logger.info("training a %d-token BPE on %.1f MB ...", vocab_size, corpus.num_bytes / 1e6)
-    tokenizer = _train(corpus, vocab_size)
+    tokenizer = _train(corpus, vocab_size, markers)
     with atomic_write(path) as file:
         file.write(tokenizer.to_str(pretty=True).encode())
     return load_tokenizer(path)
 
 
-def tokenizer_path(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
+def tokenizer_path(corpus: Corpus, vocab_size: int, cache_dir: Path, markers: tuple[str, ...] = ()) -> Path:
     """Returns where `train_or_load_tokenizer` keeps the tokenizer with these arguments."""
-    key = hashlib.sha256(f"{_TRAINING_VERSION} {corpus.sha256} {vocab_size}".encode()).hexdigest()
+    about = " ".join((str(_TRAINING_VERSION), corpus.sha256, str(vocab_size), *markers))
+    key = hashlib.sha256(about.encode()).hexdigest()
     return cache_dir / f"tokenizer-{key[:32]}.json"
 
 
@@ -108,6 +112,12 @@ def separator_id(tokenizer: tokenizers.Tokenizer) -> int | None:
     """Returns the id that marks the end of a document, or None where the tokenizer has no such token."""
     ids = (tokenizer.token_to_id(name) for name in _SEPARATORS)
     return next((token_id for token_id in ids if token_id is not None), None)
+
+
+def stop_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Returns the ids at which a model has said what it had to say: the ends of documents and of turns."""
+    ids = (tokenizer.token_to_id(name) for name in _SEPARATORS)
+    return tuple(token_id for token_id in ids if token_id is not None)
 
 
 def encode_documents(
@@ -166,14 +176,14 @@ def _pieces(text: str, piece_chars: int = _PIECE_CHARS) -> Iterator[tuple[str, b
     yield text[start:], True
 
 
-def _train(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
+def _train(corpus: Corpus, vocab_size: int, markers: tuple[str, ...]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         show_progress=False,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *markers],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     texts = (document.text for document in corpus.documents)

@@ -8,18 +8,24 @@ from jaxchunk.models.qwen2 import AttentionImplementation, Qwen2Config
 
 
 def choose_attention(
-    config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike, requested: AttentionImplementation | None = None
+    config: Qwen2Config,
+    seq_len: int,
+    compute_dtype: DTypeLike,
+    requested: AttentionImplementation | None = None,
+    *,
+    packed: bool = False,
 ) -> tuple[AttentionImplementation, str]:
     """Settles on cuDNN's flash attention where it compiles, on XLA's attention elsewhere; with the reason.
 
     Compiling is the only test that does not go out of date: support depends on the GPU, on cuDNN's version and on JAX.
+    `packed`: whether rows hold several sequences, which takes a mask.
 
     Raises:
       ValueError: "cudnn" is requested and cannot run here.
     """
     if requested == "xla":
         return "xla", "named by the caller"
-    obstacle = _cudnn_obstacle(config, seq_len, compute_dtype)
+    obstacle = _cudnn_obstacle(config, seq_len, compute_dtype, packed)
     if obstacle is None:
         return "cudnn", "cuDNN flash attention compiles on this GPU"
     if requested == "cudnn":
@@ -27,20 +33,22 @@ def choose_attention(
     return "xla", f"cuDNN attention cannot run: {obstacle}"
 
 
-def _cudnn_obstacle(config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike) -> str | None:
+def _cudnn_obstacle(config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike, packed: bool) -> str | None:
     if jax.default_backend() != "gpu":
         return f"JAX runs on {jax.default_backend()}"
     if jnp.dtype(compute_dtype).itemsize != 2:
         return f"it needs a 16-bit dtype, not {jnp.dtype(compute_dtype).name}"
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    operands = [jax.ShapeDtypeStruct((1, seq_len, n, config.head_dim), compute_dtype) for n in heads]
+    rows = 2 if packed else 1  # a mask for each row is another case for cuDNN than one for all
+    operands = [jax.ShapeDtypeStruct((rows, seq_len, n, config.head_dim), compute_dtype) for n in heads]
+    mask = jax.ShapeDtypeStruct((rows, 1, seq_len, seq_len), jnp.bool_) if packed else None
 
-    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
         return out.astype(jnp.float32).sum()
 
     try:
-        jax.jit(jax.grad(total, (0, 1, 2))).lower(*operands).compile()
+        jax.jit(jax.grad(total, (0, 1, 2))).lower(*operands, mask).compile()
     except Exception as error:
         return (str(error) or type(error).__name__).splitlines()[0][:120]
     return None

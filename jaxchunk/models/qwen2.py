@@ -26,6 +26,7 @@ from jaxtyping import Float, Float64, Int, PRNGKeyArray
 Params = dict[str, Any]
 AttentionImplementation = Literal["cudnn", "xla"]
 Remat = Literal["none", "dots", "full"]
+Attend = Callable[[Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,73 +178,123 @@ def lm_head_weight(params: Params) -> Float[Array, "V D"]:
 
 
 def logits(
-    config: Qwen2Config, params: Params, token_ids: Int[Array, "B S"], execution: Execution | None = None
+    config: Qwen2Config,
+    params: Params,
+    token_ids: Int[Array, "B S"],
+    execution: Execution | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S V"]:
-    """Logits of every position, in float32: for evaluation and generation. Training goes through `hidden_states`."""
+    """Logits of every position, in float32: for evaluation. Training goes through `hidden_states`."""
     execution = execution or Execution(compute_dtype=jnp.float32)
-    hidden = hidden_states(config, params, token_ids, execution)
-    weight = lm_head_weight(params).astype(execution.compute_dtype)
-    return _matmul(hidden, weight.T, jnp.float32)
+    return head_logits(params, hidden_states(config, params, token_ids, execution, segment_ids))
+
+
+def head_logits(params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """Logits of hidden states, in float32; the GEMM is in the dtype of `hidden`."""
+    return _matmul(hidden, lm_head_weight(params).astype(hidden.dtype).T, jnp.float32)
 
 
 def hidden_states(
-    config: Qwen2Config, params: Params, token_ids: Int[Array, "B S"], execution: Execution
+    config: Qwen2Config,
+    params: Params,
+    token_ids: Int[Array, "B S"],
+    execution: Execution,
+    segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S D"]:
     """Final hidden states (after the last norm), in the compute dtype, under a causal mask.
 
     Args:
       config: the architecture.
-      params: parameters as from `init`, in any float dtype; cast to the compute dtype once.
+      params: parameters as from `init`, in any float dtype; cast to the compute dtype once. Layers may hold adapters
+        besides (`lora`).
       token_ids: ids in [0, V).
       execution: how to run it.
+      segment_ids: where a row holds several sequences one after the other, the number of each token's: a token sees its
+        own sequence only, whose positions begin at 0. The mask is an array [B, 1, S, S] then. cuDNN takes it as a bias
+        of 2 bytes an element, reads it in every head, computes the blocks that it masks, needs an even S, and with JAX
+        0.10 computes a gradient of it that nobody asks for. (Its layout for packed sequences is no public part of JAX.)
     """
-    dtype = execution.compute_dtype
+    rotation, mask = rope_rotation(config, jnp.arange(token_ids.shape[1])), None
+    if segment_ids is not None:
+        rotation = rope_rotation(config, segment_positions(segment_ids))
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=execution.attention)
+
     with jax.named_scope("weights_cast"):
-        layers = {  # norms stay in the dtype of the parameters: they are applied in float32
-            name: leaf if name.endswith("norm") else leaf.astype(dtype) for name, leaf in params["layers"].items()
-        }
-    rotation = rope_rotation(config, jnp.arange(token_ids.shape[1]))
-    block: Callable[[Array, Params], Array] = functools.partial(_block, config, execution, rotation)
+        layers = cast_weights(params["layers"], execution.compute_dtype)
+    block: Callable[[Array, Params], Array] = functools.partial(decoder_block, config, attend, rotation)
     if execution.remat != "none":
         policy = jax.checkpoint_policies.dots_saveable if execution.remat == "dots" else None
         block = jax.checkpoint(block, policy=policy)
     with jax.named_scope("embedding"):
-        x = params["embedding"][token_ids].astype(dtype)
+        x = params["embedding"][token_ids].astype(execution.compute_dtype)
     unroll = 1 if execution.scan_layers else config.num_hidden_layers
     x, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x, layers, unroll=unroll)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 
-def _block(
-    config: Qwen2Config, execution: Execution, rotation: tuple[Array, Array], x: Float[Array, "B S D"], layer: Params
+def cast_weights(params: Params, dtype: DTypeLike) -> Params:
+    """Parameters, or a part of them, in the compute dtype; norms stay as they are: they are applied in float32."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf if path[-1].key.endswith("norm") else leaf.astype(dtype), params
+    )
+
+
+def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The place of every token in its own sequence."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def decoder_block(
+    config: Qwen2Config,
+    attend: Attend,
+    rotation: tuple[Array, Array],
+    x: Float[Array, "B S D"],
+    layer: Params,
 ) -> Float[Array, "B S D"]:
-    x = x + _attention(config, execution, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
+    """One block on the residual stream `x`.
+
+    Args:
+      config: the architecture.
+      attend: attention of queries [B, S, N, H] to keys and values [B, S, K, H], or to these and others that it knows.
+      rotation: of the tokens' positions, as from `rope_rotation`.
+      x: residual stream.
+      layer: the block's parameters, in the compute dtype (`cast_weights`).
+    """
+    x = x + _attention(config, attend, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
     return x + _mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer)
 
 
 @jax.named_scope("attention")
 def _attention(
-    config: Qwen2Config, execution: Execution, rotation: tuple[Array, Array], x: Float[Array, "B S D"], layer: Params
+    config: Qwen2Config, attend: Attend, rotation: tuple[Array, Array], x: Float[Array, "B S D"], layer: Params
 ) -> Float[Array, "B S D"]:
     B, S, _ = x.shape
-
-    def project(name: str) -> Array:
-        projected = _matmul(x, layer[f"{name}_weight"])
-        if config.attention_bias:
-            projected += jnp.expand_dims(layer[f"{name}_bias"], (0, 1))
-        return projected.reshape(B, S, -1, config.head_dim)
-
-    q, k, v = map(project, "qkv")
+    q, k, v = (_linear(x, layer, name).reshape(B, S, -1, config.head_dim) for name in "qkv")
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
     precision = "highest" if x.dtype.itemsize >= 4 else "default"  # no TF32 here either
     with jax.default_matmul_precision(precision), jax.named_scope("attention_core"):
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=execution.attention)
-    return _matmul(out.reshape(B, S, -1), layer["o_weight"])
+        out = attend(q, k, v)
+    return _linear(out.reshape(B, S, -1), layer, "o")
 
 
 @jax.named_scope("mlp")
 def _mlp(x: Float[Array, "B S D"], layer: Params) -> Float[Array, "B S D"]:
-    return _matmul(jax.nn.silu(_matmul(x, layer["gate_weight"])) * _matmul(x, layer["up_weight"]), layer["down_weight"])
+    return _linear(jax.nn.silu(_linear(x, layer, "gate")) * _linear(x, layer, "up"), layer, "down")
+
+
+def _linear(x: Float[Array, "B S I"], layer: Params, name: str) -> Float[Array, "B S O"]:
+    """A projection with its bias and its adapter, where it has them."""
+    projected = _matmul(x, layer[f"{name}_weight"])
+    if f"{name}_lora_a" in layer:
+        projected += _matmul(_matmul(x, layer[f"{name}_lora_a"]), layer[f"{name}_lora_b"])
+    if f"{name}_bias" in layer:
+        projected += jnp.expand_dims(layer[f"{name}_bias"], (0, 1))
+    return projected
 
 
 @jax.named_scope("norm")
@@ -255,10 +306,10 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
     return (x32 * scale * broadcast).astype(x.dtype)
 
 
-def rope_rotation(config: Qwen2Config, positions: Int[Array, " S"]) -> tuple[Array, Array]:
-    """Cosines and sines of the rotary angles, each float32 [S, 1, H/2] (RoFormer, arXiv:2104.09864)."""
+def rope_rotation(config: Qwen2Config, positions: Int[Array, "*batch S"]) -> tuple[Array, Array]:
+    """Cosines and sines of the rotary angles, each float32 [*batch, S, 1, H/2] (RoFormer, arXiv:2104.09864)."""
     frequencies = rope_frequencies(config).astype(np.float32)
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies.reshape(1, 1, -1)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -277,7 +328,7 @@ def rope_frequencies(config: Qwen2Config) -> Float64[np.ndarray, " H/2"]:
 @jax.named_scope("rope")
 def apply_rope(x: Float[Array, "B S N H"], rotation: tuple[Array, Array]) -> Float[Array, "B S N H"]:
     """Rotates the pairs (x[i], x[i + H/2]), as Hugging Face's checkpoints expect; in float32."""
-    cos, sin = (jnp.expand_dims(r, 0) for r in rotation)
+    cos, sin = (r if r.ndim == x.ndim else jnp.expand_dims(r, 0) for r in rotation)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 import jaxchunk
-from jaxchunk.models import qwen2
+from jaxchunk import data
+from jaxchunk.models import lora, qwen2
 from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model
@@ -26,10 +27,11 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -
         "device": f"{device.device_kind} ({device.platform}), 1 of {jax.device_count()}",
         "model": f"{config.model_name}, {_origin(plan.model, done_steps)}, "
         f"{qwen2.num_params(model) / 1e6:.1f} M parameters, LM head {tied}",
-        "dtypes": f"parameters and optimizer float32; activations and GEMMs {config.compute_dtype} "
+        **_trained(config, model),
+        "dtypes": f"{_float32_parts(config)} float32; activations and GEMMs {config.compute_dtype} "
         f"({_dtype_reason(config, device)}); norms, softmax and loss statistics float32",
-        "data": f"{dataset.description}; {len(dataset.tokens):,} tokens, vocabulary {dataset.vocab_size}, "
-        f"{len(plan.split.train):,} training and {len(plan.split.validation):,} held-out sequences, "
+        "data": f"{dataset.description}; {_tokens(dataset)}, vocabulary {dataset.vocab_size}, "
+        f"{_rows(plan.split.train)} to train on and {_rows(plan.split.validation)} held out, "
         f"sha256 {dataset.sha256[:12]}",
         "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
         "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each micro-batch "
@@ -44,6 +46,33 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+
+
+def _trained(config: TrainConfig, model: qwen2.Qwen2Config) -> dict[str, str]:
+    if config.adapters is None:
+        return {}
+    count = sum(leaf.size for leaf in jax.tree.leaves(lora.adapter_shapes(config.adapters, model)))
+    return {
+        "trained": f"{count / 1e6:.3g} M parameters: adapters of rank {config.adapters.rank}, alpha "
+        f"{config.adapters.alpha:g}, on {', '.join(config.adapters.targets)}; the model is frozen"
+    }
+
+
+def _float32_parts(config: TrainConfig) -> str:
+    if config.adapters is None:
+        return "parameters and optimizer"
+    return f"frozen weights {config.compute_dtype}; adapters and optimizer"
+
+
+def _tokens(dataset: data.Dataset) -> str:
+    learnt = "" if dataset.examples is None else f", {int(dataset.examples.learnt.sum()):,} of them to be learnt"
+    return f"{len(dataset.tokens):,} tokens{learnt}"
+
+
+def _rows(rows: data.TokenWindows | data.PackedRows) -> str:
+    if isinstance(rows, data.PackedRows):
+        return f"{rows.num_examples:,} examples in {len(rows):,} sequences ({rows.efficiency:.1%} full)"
+    return f"{len(rows):,} sequences"
 
 
 def _origin(model: Model, done_steps: int) -> str:
@@ -88,7 +117,9 @@ def describe_summary(summary: dict[str, Any], figure: Path) -> str:
             f"{summary['energy_j']:.0f} +- {summary['energy_bound_j']:.0f} J on the GPU rail, "
             f"{summary['energy_per_token_j'] * 1e3:.3g} mJ/token"
         )
-    validation = f", validation loss {summary['val_loss']:.4f}" if "val_loss" in summary else ""
+    validation = ""
+    if "val_loss" in summary:
+        validation = f", validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}"
     return "\n".join(
         [
             f"{summary['steps']} steps in {summary['training_time_s']:.1f} s: {summary['tokens_per_s_median']:,.0f} "

@@ -3,7 +3,8 @@
 A run's directory has them under `checkpoints/`, one directory a step. Orbax writes into a temporary directory that it
 renames when everything is there: what a kill leaves is no checkpoint, and the next run clears it away. Each has three
 items: `params`; `optimizer` (its state and the step's number); `run` (JSON): the flags, the model, the data's hash and
-the position in it.
+the position in it. Of adapters, `params` are these alone; the flags say where their base is from (`hf_model`, or
+`seed`) and `run` has its fingerprint.
 """
 
 import contextlib
@@ -21,11 +22,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxchunk.errors import InputError
-from jaxchunk.models import hf, qwen2
+from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.step import TrainState
 
@@ -45,12 +47,16 @@ class Checkpoint(NamedTuple):
 
 
 class SavedModel(NamedTuple):
-    """A trained model: the flags of its run, its architecture, its float32 parameters, the step they are of."""
+    """A trained model: the flags of its run, its architecture, its float32 parameters, the step they are of.
+
+    Where adapters were trained, `params` have them merged in, and `adapters` are these alone.
+    """
 
     config: TrainConfig
     model: qwen2.Qwen2Config
     params: qwen2.Params
     step: int
+    adapters: qwen2.Params | None = None
 
 
 class Unreadable(Exception):  # noqa: N818 (nothing has to be wrong with the program)
@@ -127,7 +133,7 @@ class Checkpoints:
 
     def _check_room(self, state: TrainState) -> None:
         """Refuses what the disk will not hold, before it is full: others write there too."""
-        needed = sum(array.nbytes for array in jax.tree.leaves(state))
+        needed = sum(array.nbytes for array in jax.tree.leaves(state._replace(frozen=None)))
         room = shutil.disk_usage(self._path)
         if room.total > 0 and room.free < needed:  # some file systems do not say
             raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.3g} GB, and {room.free / 1e9:.3g} are free")
@@ -218,14 +224,14 @@ def set_aside(run_path: Path, step: int) -> Path:
 
 
 def load_params(run_path: Path | str, *, best: bool = False) -> SavedModel:
-    """The parameters that a run has saved, on the first device.
+    """The parameters that a run has saved, on the first device; adapters are merged into their base.
 
     Args:
       run_path: the run's directory; the run may still be going on.
       best: those with the lowest validation loss, instead of the latest.
 
     Raises:
-      InputError: there are none, or they cannot be read.
+      InputError: there are none, they cannot be read, or the base of adapters is gone or another.
     """
     run_path = Path(run_path)
     if not saved_steps(run_path):
@@ -238,16 +244,54 @@ def load_params(run_path: Path | str, *, best: bool = False) -> SavedModel:
             about = read_about(run_path, step)
             model = architecture(about)
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shapes = jax.tree.map(lambda shape: shape.update(sharding=device), qwen2.param_shapes(model))
+            config = _flags(about)
+            adapters = config.adapters
+            shapes = qwen2.param_shapes(model) if adapters is None else lora.adapter_shapes(adapters, model)
+            shapes = jax.tree.map(lambda shape: shape.update(sharding=device), shapes)
             with _damage_named():
                 arguments = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
                 params = manager.restore(step, args=arguments)["params"]
         except Unreadable as error:
             raise InputError(f"the checkpoint of step {step} in {run_path} cannot be read: {error}") from None
+    if adapters is None:
+        return SavedModel(config, model, params, step)
+    base = base_params(config, model)
+    check_base(config, about, qwen2.cast_weights(base, config.compute_dtype))
+    return SavedModel(config, model, lora.merge(adapters, base, params), step, params)
+
+
+def base_params(config: TrainConfig, model: qwen2.Qwen2Config) -> qwen2.Params:
+    """The parameters, in float32, that a run began with.
+
+    Raises:
+      InputError: its `hf_model` cannot be read.
+    """
+    if config.hf_model is None:
+        return qwen2.init(model, jax.random.key(config.seed))
+    return hf.load(config.hf_model, jnp.float32)[1]
+
+
+def check_base(config: TrainConfig, about: dict[str, Any], base: qwen2.Params | None) -> None:
+    """Compares a base, as it is kept in a `TrainState`, with what a checkpoint's adapters were trained on.
+
+    Raises:
+      InputError: it is not the same.
+    """
+    if base is None or lora.fingerprint(base) != about["base_fingerprint"]:
+        named = "the weights of --seed" if config.hf_model is None else f"--hf_model {config.hf_model}"
+        raise InputError(
+            f"{named} are not what the adapters of step {about['step']} were trained on: give what the run began with"
+        )
+
+
+def _flags(about: dict[str, Any]) -> TrainConfig:
+    """The flags of a run, as far as this version knows them."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    flags = {name: value for name, value in about["config"].items() if name in known}
-    config = TrainConfig(**flags | {"log": tuple(flags.get("log", ()))})  # JSON has no tuples
-    return SavedModel(config, model, params, step)
+    flags: dict[str, Any] = {}
+    for name in known & about["config"].keys():
+        value = about["config"][name]
+        flags[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+    return TrainConfig(**flags)
 
 
 def _manager(path: Path, *, keep: int = 1, losses: bool = True) -> ocp.CheckpointManager:

@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 from typing import Literal
 
+from jaxchunk import data
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import choose_implementation
-from jaxchunk.models import qwen2
+from jaxchunk.models import lora, qwen2
 from jaxchunk.training import writers
 from jaxchunk.training.trace import parse_steps
 
@@ -22,10 +23,21 @@ class TrainConfig:
     """A Hugging Face checkpoint to begin from instead, Qwen2, Qwen2.5 or Llama 3: a directory, or an id such as
     Qwen/Qwen2-0.5B. It takes the place of --model."""
     data: str | None = None
-    """Training text: a file, a directory, a tokenised .bin, or "synthetic" (random tokens).
-    Default: the source text of this Python's standard library."""
+    """Training text: a file, a directory, a tokenised .bin, or "synthetic" (random tokens). Or examples, one a line of
+    a .jsonl: {"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "completion": ...} or {"text": ...};
+    of the first two only answers are learnt. Default: the source text of this Python's standard library."""
+    val_data: str | None = None
+    """A file of the same kind to validate on. Default: a part of the data is held out, see --val_fraction."""
     tokenizer: str | None = None
-    """A tokenizer.json. Default: the one of --hf_model; without it, a byte-level BPE trained on the data."""
+    """A tokenizer.json. Default: the one of --hf_model; without it, a byte-level BPE trained on the data. The chat
+    template for messages is the one beside it (tokenizer_config.json or chat_template.jinja), else ChatML."""
+    lora_rank: int = 0
+    """Rank of adapters (LoRA) that are trained while the model stays as it is; 0 to train the model. Checkpoints have
+    the adapters alone. A learning rate of 1e-4 to 5e-4 is usual, and --weight_decay 0."""
+    lora_alpha: float | None = None
+    """Weight of the adapters: they count alpha / rank times. Default: twice the rank."""
+    lora_targets: tuple[lora.Target, ...] = lora.TARGETS
+    """Projections that have an adapter."""
     lmhead_chunks: int = 4
     """Token chunks in which the LM head runs, in each micro-batch."""
     lmhead_impl: str | None = None
@@ -67,7 +79,14 @@ class TrainConfig:
     val_batches: int = 16
     """Batches in a validation, evenly spread over the held-out split."""
     val_fraction: float = 0.05
-    """Share of the tokens that is held out."""
+    """Share of the tokens or examples that is held out."""
+    sample_every: int = 0
+    """Steps between samples of what the model writes, into samples.jsonl; 0 for none."""
+    sample_prompts: str | None = None
+    """What to begin samples with: a .jsonl like --data, whose last answers are left out, or a text with a prompt a
+    line. Default: the beginnings of some held-out data."""
+    sample_tokens: int = 64
+    """Tokens in a sample at most; the most probable one is taken each time."""
     out_dir: str | None = None
     """Where config, records and figures go. Default: a new directory under runs/."""
     overwrite: bool = False
@@ -109,6 +128,14 @@ class TrainConfig:
         return self.model if self.hf_model is None else Path(self.hf_model).name
 
     @property
+    def adapters(self) -> lora.LoraConfig | None:
+        """The adapters; None where the model itself is trained."""
+        if not self.lora_rank:
+            return None
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return lora.LoraConfig(self.lora_rank, alpha, self.lora_targets)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees."""
         return self.batch_size * self.seq_len
@@ -138,14 +165,14 @@ def validate(config: TrainConfig) -> None:
             raise InputError(f"--{field.name} is {value}; it must be a finite number")
     if not 0 <= config.seed < 2**63:
         raise InputError(f"--seed is {config.seed}; it must be between 0 and 2^63 - 1")
-    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches", "max_bad_steps"):
+    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches", "max_bad_steps", "sample_tokens"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("val_every", "weight_decay", "checkpoint_every", "keep_checkpoints"):
+    for name in ("val_every", "weight_decay", "checkpoint_every", "keep_checkpoints", "lora_rank", "sample_every"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must not be negative")
-    for name in ("lr", "grad_clip"):
-        if not getattr(config, name) > 0:
+    for name in ("lr", "grad_clip", "lora_alpha"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be greater than 0")
     for name in ("beta1", "beta2", "val_fraction"):
         if not 0 < getattr(config, name) < 1:
@@ -166,6 +193,11 @@ def validate(config: TrainConfig) -> None:
         raise InputError("--resume needs --out_dir: the directory of the run to go on with")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite exclude each other: one keeps the run in out_dir, one replaces it")
+    if config.lora_rank and not config.lora_targets:
+        raise InputError("--lora_targets names no projection; leave it out for all of them")
+    if config.val_data is not None and data.is_examples(config.val_data) != data.is_examples(config.data):
+        kinds = [f"{name} is {path}" for name, path in (("--data", config.data), ("--val_data", config.val_data))]
+        raise InputError(f"{' and '.join(kinds)}; both must be .jsonl files of examples, or neither")
     writers.check_installed(config.log)
     try:
         choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype)

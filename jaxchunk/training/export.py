@@ -39,6 +39,27 @@ def export_run(
     return saved.step
 
 
+def export_adapters(run_path: Path, out_dir: Path, *, best: bool = False) -> int:
+    """Writes the adapters of a run as PEFT stores them: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+      run_path: the run's directory.
+      out_dir: where to; it must not exist, or be empty.
+      best: the checkpoint with the lowest validation loss, instead of the latest.
+
+    Returns:
+      The step of the checkpoint.
+
+    Raises:
+      InputError: the run has no checkpoint that can be read, trained no adapters, or `out_dir` cannot be written.
+    """
+    saved = load_params(run_path, best=best)
+    if saved.adapters is None or saved.config.adapters is None:
+        raise InputError(f"{run_path} trained the model and no adapters: leave --adapters out")
+    hf.save_adapters(saved.config.adapters, saved.adapters, out_dir, base=saved.config.hf_model)
+    return saved.step
+
+
 def _tokenizer_of(run_path: Path) -> Path | None:
     name = json.loads((run_path / "env.json").read_text())["data"]["tokenizer"]
     if name is None:

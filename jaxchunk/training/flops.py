@@ -32,16 +32,17 @@ BANDWIDTH = {
 }
 
 
-def training_flops_per_token(config: Qwen2Config, seq_len: int) -> float:
+def training_flops_per_token(config: Qwen2Config, seq_len: int, *, frozen: bool = False) -> float:
     """FLOPs of forward and backward for one token: 6 per weight that multiplies it, LM head included, plus attention.
 
-    Causal attention is counted once (S/2 keys a query on average): 6 * L * S * D. Recomputation does not count.
+    4 per weight where weights are `frozen`, the adapters beside them not counted. Causal attention is counted once (S/2
+    keys a query on average): 6 * L * S * D, in packed rows too, where it is less. Recomputation does not count.
     """
     D, F = config.hidden_size, config.intermediate_size
     key_value = config.num_key_value_heads * config.head_dim
     block = 2 * D * D + 2 * D * key_value + 3 * D * F
     matmuls = config.num_hidden_layers * block + config.vocab_size * D
-    return 6.0 * matmuls + 6.0 * config.num_hidden_layers * seq_len * D
+    return (4.0 if frozen else 6.0) * matmuls + 6.0 * config.num_hidden_layers * seq_len * D
 
 
 def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:

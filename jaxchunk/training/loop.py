@@ -13,18 +13,19 @@ import jaxchunk
 from jaxchunk import data, environment, plotting
 from jaxchunk.compilation import program_cache
 from jaxchunk.errors import RunFailedError
-from jaxchunk.models import hf, qwen2
+from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, open_monitor
 from jaxchunk.training import banner, resume
-from jaxchunk.training.checkpoint import Checkpoint, Checkpoints
+from jaxchunk.training.checkpoint import Checkpoint, Checkpoints, check_base
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
 from jaxchunk.training.plan import Plan, prepare
 from jaxchunk.training.progress import Progress
-from jaxchunk.training.records import WARMUP_STEPS, Stretch, step_record, stretch_record, summarize
+from jaxchunk.training.records import WARMUP_STEPS, Stretch, perplexity, step_record, stretch_record, summarize
 from jaxchunk.training.resume import History
-from jaxchunk.training.step import StepMetrics, TrainState
+from jaxchunk.training.samples import Sampler
+from jaxchunk.training.step import StepMetrics, TrainState, whole_params
 from jaxchunk.training.stop import StopRequest
 from jaxchunk.training.trace import StepTrace, parse_steps
 from jaxchunk.training.writers import Writers, open_writers
@@ -75,9 +76,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _first_state(plan: Plan, restored: Checkpoint | None) -> TrainState:
     """The state that training begins with; a restored one comes with its place in the data."""
     if restored is None:
-        return plan.programs.init(plan.model.start(plan.config.seed))
+        return plan.programs.init(*plan.model.start(plan.config.seed))
     plan.batches.set_state(restored.about["batches"])
-    return restored.state
+    if plan.config.adapters is None:
+        return restored.state
+    first = plan.programs.init(*plan.model.start(plan.config.seed))
+    check_base(plan.config, restored.about, first.frozen)
+    return restored.state._replace(frozen=first.frozen)
 
 
 @contextlib.contextmanager
@@ -140,7 +145,9 @@ class _Training:
         self._completed: deque[_Completed] = deque()
         self._steady_from_s = math.inf  # when clocks and power had settled
         self._validated = history.last_validation  # step and loss
-        self._flops_per_token = training_flops_per_token(plan.model.config, plan.config.seq_len)
+        self._flops_per_token = training_flops_per_token(
+            plan.model.config, plan.config.seq_len, frozen=plan.config.adapters is not None
+        )
         self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
 
     def run(self, state: TrainState) -> dict[str, Any]:
@@ -165,18 +172,23 @@ class _Training:
         times = {name: time._asdict() for name, time in self._programs.compile_times.items()}
         compiling = {"compile_time_s": self._programs.compile_time_s, "compile_times": times}
         outcome = {"status": status, "status_reason": reason, **compiling}
-        validation = {"val_loss": self._validated[1]} if self._validated[0] else {}
+        step, val_loss = self._validated
+        validation = {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)} if step else {}
         return outcome | summary | validation | saving
 
     def _train(self, state: TrainState) -> tuple[str, str | None]:
         """All steps that are left, or those before a stop; returns how it ended."""
         config = self._config
         jax.block_until_ready(state)
+        self._base = None if state.frozen is None else lora.fingerprint(state.frozen)
         self._monitor.wait_ready(self._monitor.now(), _TICK_TIMEOUT_S)  # nothing is known before the first tick
         for first, last in _stretches(self._done, config):
             state = self._train_stretch(state, first, last)
-            if self._done == config.steps or (self._done == last and _due(config.val_every, last)):
-                self._validate(state.params)
+            params, ended = whole_params(config, state.params, state.frozen), self._done == config.steps
+            if ended or (self._done == last and _due(config.val_every, last)):
+                self._validate(params)
+            if self._plan.sampler and (ended or (self._done == last and _due(config.sample_every, last))):
+                self._sample(self._plan.sampler, params)
             stopped_by = None if self._done == config.steps else self._stop.signal_name
             if stopped_by or self._done == config.steps or _due(config.checkpoint_every, self._done):
                 self._save(state)
@@ -274,10 +286,22 @@ class _Training:
         sums = [self._programs.eval_step(params, batch) for batch in batches]
         loss, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
         self._validated = step, loss / tokens
-        record = {"step": step, "time_s": self._monitor.now() - self._monitor.start_s, "val_loss": loss / tokens}
+        losses = {"val_loss": loss / tokens, "val_perplexity": perplexity(loss / tokens)}
+        record = {"step": step, "time_s": self._monitor.now() - self._monitor.start_s, **losses}
         self._append("validation.jsonl", record | {"tokens": int(tokens)})
-        self._writers.write({"step": step, "val_loss": loss / tokens})
-        self._progress.say(f"step {step}: validation loss {loss / tokens:.4f} over {int(tokens):,} held-out tokens")
+        self._writers.write({"step": step, **losses})
+        self._progress.say(
+            f"step {step}: validation loss {loss / tokens:.4f}, perplexity {losses['val_perplexity']:.2f} over "
+            f"{int(tokens):,} held-out tokens"
+        )
+
+    def _sample(self, sampler: Sampler, params: qwen2.Params) -> None:
+        samples = sampler.sample(params)
+        time_s = self._monitor.now() - self._monitor.start_s
+        for sample in samples:
+            self._append("samples.jsonl", {"step": self._done, "time_s": time_s, **sample})
+        shown = samples[0]
+        self._progress.say(f"step {self._done}: after {shown['prompt'][-60:]!r} it writes {shown['completion']!r}")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:
@@ -313,6 +337,7 @@ class _Training:
             "micro_batch_size": self._programs.memory_plan.micro_batch_size,
             "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
             "batches": self._plan.batches.get_state(),
+            "base_fingerprint": self._base,
         }
         self._checkpoints.save(self._done, state, about, val_loss if known else None)
 
@@ -341,7 +366,8 @@ def _stretches(done: int, config: TrainConfig) -> Iterator[tuple[int, int]]:
         last = next(
             s
             for s in range(done + 1, config.steps + 1)
-            if s == config.steps or _due(config.val_every, s) or _due(config.checkpoint_every, s)
+            if s == config.steps
+            or any(_due(every, s) for every in (config.val_every, config.checkpoint_every, config.sample_every))
         )
         yield done + 1, last
         done = last

@@ -77,5 +77,7 @@ def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_si
     parameters = qwen2.num_params(model)
     gradient_sets = 1 if micro_batch_size == config.batch_size else 2
     state = 12 * parameters + 4 * gradient_sets * parameters + size * parameters
+    if config.adapters is not None:  # the base alone; adapters are small
+        state = size * parameters
     logits = -(-tokens // config.lmhead_chunks) * V * size
     return state + tokens * size * (L * saved_per_layer + working_set) + logits

@@ -20,13 +20,14 @@ class Model(NamedTuple):
     config: qwen2.Qwen2Config
     checkpoint: Path | None
 
-    def start(self, seed: int) -> PRNGKeyArray | qwen2.Params:
-        """What `Programs.init` makes the first state from: the seed's key, or the checkpoint's parameters in float32.
+    def start(self, seed: int) -> tuple[PRNGKeyArray, qwen2.Params | None]:
+        """What `Programs.init` makes the first state from: the seed's key, and the checkpoint's parameters in float32.
 
         Raises:
           InputError: the checkpoint's weights cannot be used.
         """
-        return jax.random.key(seed) if self.checkpoint is None else hf.load(self.checkpoint, jnp.float32)[1]
+        params = None if self.checkpoint is None else hf.load(self.checkpoint, jnp.float32)[1]
+        return jax.random.key(seed), params
 
 
 def choose_model(config: TrainConfig, resumed: qwen2.Qwen2Config | None = None) -> Model:
@@ -35,14 +36,14 @@ def choose_model(config: TrainConfig, resumed: qwen2.Qwen2Config | None = None) 
     Args:
       config: the run.
       resumed: the architecture of a run that goes on. It has its own weights by then, so `--hf_model` is there for its
-        tokenizer only, and need not be there any more.
+        tokenizer only, and need not be there any more; but where adapters are trained, their base must be.
 
     Raises:
       InputError: the checkpoint is none that can be trained here, or the sequences are longer than the model is for.
     """
     if config.hf_model is None:
         model = Model(f"--model {config.model}", resumed or qwen2.SIZES[config.model], None)
-    elif resumed is None:
+    elif resumed is None or config.adapters is not None:
         directory = hf.locate(config.hf_model)
         model = Model(f"--hf_model {config.hf_model}", hf.load_config(directory), directory)
     else:

@@ -18,6 +18,7 @@ from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model, choose_model, choose_tokenizer
 from jaxchunk.training.programs import Programs, compile_programs
+from jaxchunk.training.samples import Sampler, make_sampler
 
 _logger = logging.getLogger("jaxchunk")
 
@@ -36,6 +37,7 @@ class Plan:
       execution: how the model runs.
       attention_reason: why this attention implementation.
       programs: the compiled functions and the memory plan.
+      sampler: writes samples; None where none are asked for.
     """
 
     config: TrainConfig
@@ -47,6 +49,7 @@ class Plan:
     execution: qwen2.Execution
     attention_reason: str
     programs: Programs
+    sampler: Sampler | None = None
 
     @property
     def lm_head_rows(self) -> tuple[int, int]:
@@ -81,11 +84,18 @@ class Plan:
             "vocab_size": dataset.vocab_size,
             "training_sequences": len(self.split.train),
             "held_out_sequences": len(self.split.validation),
+            "packing": {name: _packing(rows) for name, rows in self.split._asdict().items()},
             "tokens_sha256": dataset.sha256,
             "corpus_sha256": dataset.corpus_sha256,
             "corpus_bytes": dataset.num_bytes,
             "tokenizer": None if dataset.tokenizer_path is None else str(dataset.tokenizer_path.absolute()),
         }
+
+
+def _packing(rows: data.TokenWindows | data.PackedRows) -> dict[str, Any] | None:
+    if not isinstance(rows, data.PackedRows):
+        return None
+    return {"examples": rows.num_examples, "rows": len(rows), "efficiency": rows.efficiency}
 
 
 def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | None = None) -> Plan:
@@ -103,17 +113,28 @@ def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | Non
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     tokenizer = choose_tokenizer(config, model)
     dataset = data.load_dataset(config.data, tokenizer, model.config.vocab_size, cache_dir, seed=config.seed)
+    held_out = None
+    if config.val_data is not None:
+        held_out = data.load_dataset(config.val_data, dataset.tokenizer_path, model.config.vocab_size, cache_dir)
+        if dataset.tokenizer_path is None and held_out.tokenizer_path is not None:
+            raise InputError(
+                f"--val_data {config.val_data} is text, and nothing says which tokenizer made the tokens of --data "
+                f"{config.data}: give it with --tokenizer"
+            )
     if about is not None:
         resume.check_data(config, about, dataset)
-    split = data.split(dataset, config.seq_len, config.val_fraction)
+    split = data.split(dataset, config.seq_len, config.val_fraction, held_out=held_out)
     try:
         head = Head(model.config.hidden_size, model.config.vocab_size)
         lm_head = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype, head=head)
-        attention, reason = choose_attention(model.config, config.seq_len, config.compute_dtype, config.attention)
+        attention, reason = choose_attention(
+            model.config, config.seq_len, config.compute_dtype, config.attention, packed=data.is_examples(config.data)
+        )
     except ValueError as error:
         raise InputError(str(error)) from None
     execution = qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers)
+    sampler = make_sampler(config, model.config, execution, dataset, split)
     _logger.info("compiling %s ...", config.model_name)
     programs = compile_programs(config, model, execution, device_memory.limit_bytes(device))
     batches = data.train_batches(split.train, config.batch_size, config.seed)
-    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs)
+    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs, sampler)

@@ -100,6 +100,11 @@ def step_record(
     )
 
 
+def perplexity(loss: float) -> float:
+    """That of a mean loss in nats: e to the loss. Infinite where no float holds it."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
 class Spread(NamedTuple):
     """What samples of one quantity came to: how many, mean, standard deviation."""
 

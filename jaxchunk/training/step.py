@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from jaxchunk import lm_head_loss
 from jaxchunk.data import IGNORE_INDEX, Batch
-from jaxchunk.models import qwen2
+from jaxchunk.models import lora, qwen2
 from jaxchunk.training.config import TrainConfig
 
 
@@ -20,11 +20,15 @@ class TrainState(NamedTuple):
 
     There is no random state: initial weights and the order of the data follow from the seed, and nothing in a step is
     random. What is to be random there should follow from the seed and `step`.
+
+    `params` are those that are trained. Where these are adapters, `frozen` is the base beside them, which does not
+    change and of which checkpoints only say where it is from.
     """
 
     params: qwen2.Params
     opt_state: optax.OptState
     step: Int[Array, ""]
+    frozen: qwen2.Params | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -59,9 +63,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
 
 
-def init_state(optimizer: optax.GradientTransformation, params: qwen2.Params) -> TrainState:
+def init_state(
+    optimizer: optax.GradientTransformation, params: qwen2.Params, frozen: qwen2.Params | None = None
+) -> TrainState:
     """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), frozen)
+
+
+def whole_params(config: TrainConfig, params: qwen2.Params, frozen: qwen2.Params | None) -> qwen2.Params:
+    """What the model is run with: the trained parameters, or the frozen ones with the trained adapters beside them."""
+    return params if config.adapters is None or frozen is None else lora.attach(config.adapters, frozen, params)
 
 
 def summed_loss(
@@ -73,7 +84,8 @@ def summed_loss(
     normalizer: Array,
 ) -> Float[Array, ""]:
     """Sum of the tokens' losses over `normalizer`, through the chunked LM head."""
-    hidden = qwen2.hidden_states(model, params, jnp.asarray(batch["tokens"]), execution)
+    segment_ids = jnp.asarray(batch["segment_ids"]) if "segment_ids" in batch else None
+    hidden = qwen2.hidden_states(model, params, jnp.asarray(batch["tokens"]), execution, segment_ids)
     with jax.named_scope("lm_head"):
         return lm_head_loss(
             hidden,
@@ -105,9 +117,11 @@ def make_train_step(
         normalizer = jnp.sum(batch["labels"] != IGNORE_INDEX)
 
         def loss_and_gradients(part: Batch) -> tuple[Array, qwen2.Params]:
-            return jax.value_and_grad(lambda params: summed_loss(config, model, execution, params, part, normalizer))(
-                state.params
-            )
+            def loss(params: qwen2.Params) -> Array:
+                whole = whole_params(config, params, state.frozen)
+                return summed_loss(config, model, execution, whole, part, normalizer)
+
+            return jax.value_and_grad(loss)(state.params)
 
         loss, gradients = _accumulate(loss_and_gradients, batch, micro_batch_size)
         with jax.named_scope("optimizer"):
@@ -115,8 +129,10 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            new_state = jax.tree.map(lambda new, old: _updated(finite, new, old), updated, state)
-        return new_state, StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))
+            before = state._replace(frozen=None)
+            kept = jax.tree.map(lambda new, old: _updated(finite, new, old), updated, before)
+        metrics = StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))
+        return kept._replace(frozen=state.frozen), metrics
 
     return train_step
 

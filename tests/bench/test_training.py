@@ -24,7 +24,7 @@ def test_all_arms_take_the_smallest_micro_batch(monkeypatch):
             memory_plan=types.SimpleNamespace(
                 micro_batch_size=size, memory=types.SimpleNamespace(total_bytes=10 * size)
             ),
-            init=lambda key: 0,
+            init=lambda key, params: 0,
             train_step=lambda state, batch: (state + 1, (config.lmhead_chunks, batch)),
         )
         return types.SimpleNamespace(programs=programs, batches=iter(range(100)))

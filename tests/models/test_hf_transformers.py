@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchunk import lm_head_loss
-from jaxchunk.models import hf, qwen2
+from jaxchunk import data, lm_head_loss
+from jaxchunk.data.chat import CHATML, ChatTemplate
+from jaxchunk.models import generation, hf, lora, qwen2
 from jaxchunk.models.hf.weights import tensors_of
 
 torch = pytest.importorskip("torch")
@@ -123,3 +124,65 @@ def test_the_tokenizer_of_an_export_is_one_for_transformers(tmp_path):
     tokens = jnp.asarray(generated.numpy(), jnp.int32)
     assert int(tokens[0, -1]) == int(jnp.argmax(qwen2.logits(*hf.load(tmp_path / "out"), tokens)[0, -2]))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == theirs.eos_token_id
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_generation_is_theirs(name, tmp_path):
+    config = CONFIGS[name]
+    params = random_params(config)
+    hf.save(config, params, tmp_path / "out")
+    model = load_theirs(tmp_path / "out", torch.float32)
+    prompts = [[5, 6, 7, 8, 9], [11, 12], [1, 2, 3, 4, 5, 6, 7]]
+    padded = generation.pad_prompts(prompts)
+    execution = qwen2.Execution(compute_dtype=jnp.float32)
+    ours = generation.generate(config, params, *padded, jax.random.key(0), execution=execution, max_new_tokens=9)
+    for prompt, new in zip(prompts, ours.token_ids.tolist(), strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert theirs[0, len(prompt) :].tolist() == new
+
+
+def test_adapters_compute_the_same_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = CONFIGS["tied"]
+    params, adapted = random_params(config), lora.LoraConfig(4, 12.0, ("q", "o", "down"))
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, lora.init(adapted, config, jax.random.key(3)))
+    hf.save(config, params, tmp_path / "base")
+    hf.save_adapters(adapted, adapters, tmp_path / "adapters", base=str(tmp_path / "base"))
+    model = peft.PeftModel.from_pretrained(load_theirs(tmp_path / "base", torch.float32), tmp_path / "adapters")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    assert_close(qwen2.logits(config, lora.attach(adapted, params, adapters), jnp.asarray(tokens)), theirs)
+
+
+# As Llama 3 has it, and one that marks what the assistant says.
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama 3": "{% for message in messages %}"
+    "{% set content = '[' + message['role'] + ']\n\n' + message['content'] | trim %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]\n\n' }}{% endif %}",
+    "marked": "{%- for m in messages %}\n    {{- m.role }}"
+    "{% if m.role == 'assistant' %}\n{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m | tojson }}{% endif %}\n{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chats_are_rendered_as_by_them(name, tmp_path):
+    (tmp_path / "text.txt").write_text("some text")
+    data.train_or_load_tokenizer(data.read_corpus(tmp_path / "text.txt"), 300, tmp_path).save(
+        str(tmp_path / "bpe.json")
+    )
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "bpe.json"), bos_token="<s>")
+    chat = [{"role": "user", "content": "is <b> & \u00e9\n?"}, {"role": "assistant", "content": "\n it is  "}]
+    for messages in (chat, [{"role": "system", "content": "be"}, *chat, *chat]):
+        for asked in (False, True):
+            expected = theirs.apply_chat_template(
+                messages, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=asked
+            )
+            template = ChatTemplate(TEMPLATES[name], name, {"bos_token": "<s>"})
+            assert template.render(messages, add_generation_prompt=asked) == expected
+        assert "".join(part.text for part in template.parts(messages)) == template.render(messages)

@@ -185,3 +185,67 @@ def test_cudnn_attention_agrees_with_xla():
     exact = hidden(FP32)
     xla, cudnn = (np.linalg.norm(hidden(Execution(jnp.bfloat16, attention)) - exact) for attention in ("xla", "cudnn"))
     assert 0 < cudnn < 1.5 * xla
+
+
+def packed(lengths, seq_len):
+    """Sequences one after the other, padded with segment 0."""
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return jnp.asarray(np.pad(segments, (0, seq_len - len(segments))))[None]
+
+
+def test_positions_begin_anew_in_every_segment():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0, 0], [5, 5, 5, 5, 5, 5, 5]])
+    expected = [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    np.testing.assert_array_equal(qwen2.segment_positions(segments), expected)
+
+
+def test_packed_sequences_do_not_see_each_other(params, tokens):
+    """Losses and gradients are those of the sequences by themselves."""
+    lengths = (4, 1, 6)
+    row = jnp.concatenate([tokens[0, :4], tokens[1, :1], tokens[0, 4:10]])
+    apart = [row[:4], row[4:5], row[5:]]
+    labels = jnp.roll(row, 3)
+    execution = dataclasses.replace(FP32, remat="dots")
+
+    def loss(params, token_ids, labels, segment_ids=None):
+        hidden = qwen2.hidden_states(CONFIG, params, token_ids[None], execution, segment_ids)
+        losses = lm_head_loss(hidden, qwen2.lm_head_weight(params), labels[None], reduction="none")
+        return losses.sum(), losses[0]
+
+    gradients_of = jax.jit(jax.grad(loss, has_aux=True))
+    together, losses = gradients_of(params, row, labels, packed(lengths, 11))
+    ends = np.cumsum(lengths)
+    parts = [gradients_of(params, ids, labels[end - len(ids) : end]) for ids, end in zip(apart, ends, strict=True)]
+    np.testing.assert_allclose(losses, np.concatenate([part[1] for part in parts]), rtol=1e-5)
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *(part[0] for part in parts))
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(summed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    unpacked, _ = gradients_of(params, row, labels)
+    assert not np.allclose(unpacked["embedding"], together["embedding"], rtol=1e-2)
+
+
+def test_one_segment_is_no_segments(params, tokens):
+    plain = qwen2.logits(CONFIG, params, tokens)
+    np.testing.assert_allclose(
+        qwen2.logits(CONFIG, params, tokens, segment_ids=jnp.ones_like(tokens)), plain, rtol=1e-5
+    )
+
+
+@pytest.mark.gpu
+def test_cudnn_attention_keeps_packed_sequences_apart():
+    config = dataclasses.replace(qwen2.SIZES["qwen2-0.5b"], vocab_size=1000, num_hidden_layers=1)
+    params = random_params(config)
+    tokens = jax.random.randint(jax.random.key(1), (2, 256), 0, 1000)
+    segments = jnp.concatenate([packed((100, 3, 120), 256), packed((256,), 256)])
+    assert choose_attention(config, 256, jnp.bfloat16, packed=True)[0] == "cudnn"
+
+    def gradient(execution):
+        def loss(params):
+            hidden = qwen2.hidden_states(config, params, tokens, execution, segments)
+            return lm_head_loss(hidden, qwen2.lm_head_weight(params), jnp.where(segments > 0, tokens, -100))
+
+        return jax.jit(jax.grad(loss))(params)["layers"]["q_weight"]
+
+    exact = gradient(FP32)
+    xla, cudnn = (np.linalg.norm(gradient(Execution(jnp.bfloat16, name)) - exact) for name in ("xla", "cudnn"))
+    assert 0 < cudnn < 2 * xla

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from jaxchunk.data import is_examples
 from jaxchunk.models import qwen2
 from jaxchunk.training import plan
 from jaxchunk.training.config import TrainConfig
@@ -12,9 +13,9 @@ from jaxchunk.training.config import TrainConfig
 UNCOMPILED = {
     name: getattr(TrainConfig(), name)
     for name in (
-        *("data", "out_dir", "cache_dir", "overwrite", "resume", "allow_changed_data", "seed"),
+        *("data", "val_data", "out_dir", "cache_dir", "overwrite", "resume", "allow_changed_data", "seed"),
         *("val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "profile_steps", "log"),
-        "compilation_cache",
+        *("compilation_cache", "sample_every", "sample_prompts", "sample_tokens"),
     )
 }
 
@@ -31,7 +32,7 @@ def config(tmp_path, monkeypatch, programs):
     compile_programs = plan.compile_programs
 
     def compile_once(config, model, execution, limit_bytes):
-        key = dataclasses.replace(config, **UNCOMPILED), model, execution, limit_bytes
+        key = dataclasses.replace(config, **UNCOMPILED), is_examples(config.data), model, execution, limit_bytes
         if key not in programs:
             programs[key] = compile_programs(config, model, execution, limit_bytes)
         return programs[key]

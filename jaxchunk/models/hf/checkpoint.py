@@ -75,7 +75,7 @@ def save(
     check_params(config, params)
     if tokenizer is not None:
         check_tokenizer(config, Path(tokenizer))
-    with _appears_whole(Path(directory)) as temporary:
+    with appears_whole(Path(directory)) as temporary:
         write_params(config, params, temporary, dtype, max_shard_size)
         stored = jax.tree.leaves(params)[0].dtype if dtype is None else jnp.dtype(dtype)
         ids = {} if tokenizer is None else write_tokenizer(Path(tokenizer), temporary)
@@ -84,8 +84,12 @@ def save(
 
 
 @contextlib.contextmanager
-def _appears_whole(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory` that takes its name when the block ends without an error."""
+def appears_whole(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` that takes its name when the block ends without an error.
+
+    Raises:
+      InputError: there is something already, or it cannot be written.
+    """
     path = directory.absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

@@ -105,16 +105,21 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file_name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        (directory / file_name).touch()
-        mode = (directory / file_name).stat().st_mode
-        # save_file stores the memory as it lies: a transposed view would be stored in the wrong order.
-        tensors = {name: np.ascontiguousarray(tensor(name)) for name in names}
-        save_file(tensors, directory / file_name, metadata={"format": "pt"})  # transformers 4 wants the metadata
-        (directory / file_name).chmod(mode)  # safetensors 0.8 lets only its owner read a file
+        write_tensors(directory / file_name, {name: tensor(name) for name in names})
         weight_map |= dict.fromkeys(names, file_name)
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes_bytes.values())}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file as transformers and PEFT read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    # save_file stores the memory as it lies: a transposed view would be stored in the wrong order.
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})  # transformers 4 wants the metadata
+    path.chmod(mode)  # safetensors 0.8 lets only its owner read a file
 
 
 def _plan(sizes_bytes: dict[str, int], max_shard_size: int) -> Sequence[Sequence[str]]:

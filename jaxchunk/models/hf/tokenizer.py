@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxchunk.data.tokenizer import load_tokenizer, max_token_id, separator_id
+from jaxchunk.data.chat import CHATML, CHATML_MARKERS, has_chatml
+from jaxchunk.data.tokenizer import load_tokenizer, max_token_id, separator_id, stop_ids
 from jaxchunk.errors import InputError
 from jaxchunk.models.hf.config import read_json_object
 from jaxchunk.models.qwen2 import Qwen2Config
@@ -66,9 +67,12 @@ def write_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
         }
         if end is not None:
             about["eos_token"] = loaded.id_to_token(end)
+        if has_chatml(loaded):  # what it was trained with, if with a chat
+            about |= {"eos_token": CHATML_MARKERS[-1], "chat_template": CHATML}
         _write(directory / "tokenizer_config.json", about)
     if end is not None and not (directory / GENERATION_FILE).exists():
-        _write(directory / GENERATION_FILE, {"eos_token_id": end})
+        stops = stop_ids(loaded)
+        _write(directory / GENERATION_FILE, {"eos_token_id": list(stops) if len(stops) > 1 else end})
     if not (directory / GENERATION_FILE).exists():
         return {}
     generation = read_json_object(directory / GENERATION_FILE)
