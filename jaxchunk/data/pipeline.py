@@ -4,7 +4,7 @@ from typing import NamedTuple, SupportsIndex, TypeAlias
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt
+from jaxtyping import Int32, Int64, UInt
 
 from jaxchunk.data.dataset import Dataset
 from jaxchunk.errors import InputError
@@ -90,7 +90,9 @@ def split(dataset: Dataset, seq_len: int, validation_fraction: float = 0.05) -> 
     return Split(TokenWindows(dataset.tokens[:cut], seq_len), TokenWindows(dataset.tokens[cut:], seq_len))
 
 
-def train_batches(windows: TokenWindows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+def train_batches(
+    windows: TokenWindows, batch_size: int, seed: int, rows: Int64[np.ndarray, " rows"] | None = None
+) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over shuffled batches, prepared on a background thread.
 
     Every window comes once in each epoch, in an order that depends on the seed and the epoch alone; a batch
@@ -102,6 +104,8 @@ def train_batches(windows: TokenWindows, batch_size: int, seed: int) -> grain.Da
         windows: the source, at least one window.
         batch_size: B, the number of windows in a batch.
         seed: of the shuffle, any integer from 0.
+        rows: which windows of each batch to load, where other processes load the others; None for all of them. The
+            order of all of them, and the state, do not depend on it.
 
     Raises:
         InputError: an argument is out of range.
@@ -111,18 +115,27 @@ def train_batches(windows: TokenWindows, batch_size: int, seed: int) -> grain.Da
         raise InputError(f"the seed is {seed}: it needs to be 0 or larger")
     # Grain shuffles epoch e with seed + e, so that run 1 would repeat run 0 one epoch late. Hash the seed first.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    own = np.arange(batch_size) if rows is None else rows
+
+    def load(chosen: np.ndarray) -> Batch:
+        return _stack_and_pad([windows[i] for i in chosen[own]], len(own), windows)
+
     batches = (
-        grain.MapDataset.source(windows)
+        grain.MapDataset.range(len(windows))
         .shuffle(seed=shuffle_seed)
         .repeat()
         # Nothing remains of an endless stream; but without this, batches of one overflow Grain's length.
         .batch(batch_size, drop_remainder=True)
+        .map(load)
     )
     return iter(batches.to_iter_dataset(_READ_OPTIONS))
 
 
 def validation_batches(
-    windows: TokenWindows, batch_size: int, max_batches: int | None = None
+    windows: TokenWindows,
+    batch_size: int,
+    max_batches: int | None = None,
+    rows: Int64[np.ndarray, " rows"] | None = None,
 ) -> grain.IterDataset[Batch]:
     """Returns the held-out batches, to be iterated over as often as needed.
 
@@ -133,6 +146,7 @@ def validation_batches(
         windows: the source, at least one window.
         batch_size: B, the number of rows in a batch.
         max_batches: give at most so many batches, of windows spread evenly over all; None for all.
+        rows: which of the rows of each batch to load; None for all of them.
 
     Raises:
         InputError: an argument is out of range.
@@ -142,19 +156,21 @@ def validation_batches(
         raise InputError(f"the number of validation batches is {max_batches}: it needs to be at least 1")
     total = len(windows)
     chosen = total if max_batches is None else min(total, max_batches * batch_size)
-    batches = (
-        grain.MapDataset.range(chosen)
-        .map(lambda i: windows[i * total // chosen])
-        .batch(batch_size, batch_fn=lambda rows: _stack_and_pad(rows, batch_size))
-    )
+    own = np.arange(batch_size) if rows is None else rows
+
+    def load(places: np.ndarray) -> Batch:
+        return _stack_and_pad([windows[i * total // chosen] for i in places[own[own < len(places)]]], len(own), windows)
+
+    batches = grain.MapDataset.range(chosen).batch(batch_size).map(load)
     return batches.to_iter_dataset(_READ_OPTIONS)
 
 
-def _stack_and_pad(rows: list[Window], batch_size: int) -> Batch:
-    shape = (batch_size, *rows[0]["tokens"].shape)
+def _stack_and_pad(rows: list[Window], batch_size: int, windows: TokenWindows) -> Batch:
+    shape = (batch_size, windows.seq_len)
     batch = {"tokens": np.zeros(shape, np.int32), "labels": np.full(shape, IGNORE_INDEX, np.int32)}
     for name, values in batch.items():
-        values[: len(rows)] = [row[name] for row in rows]
+        for value, row in zip(values, rows, strict=False):
+            value[:] = row[name]
     return batch
 
 

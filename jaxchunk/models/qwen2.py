@@ -23,6 +23,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float64, Int, PRNGKeyArray
 
+from jaxchunk.models import partition
+
 Params = dict[str, Any]
 AttentionImplementation = Literal["cudnn", "xla"]
 Remat = Literal["none", "dots", "full"]
@@ -105,12 +107,15 @@ class Execution:
       remat: what the backward pass recomputes in a block: "none"; "dots", everything but GEMM outputs; "full",
         everything.
       scan_layers: compile one block and loop over it, instead of all blocks.
+      sharded: whether this is inside of a `jax.shard_map` over the axes of `partition`, with parameters as its rules
+        shard them.
     """
 
     compute_dtype: DTypeLike = jnp.bfloat16
     attention: AttentionImplementation = "xla"
     remat: Remat = "none"
     scan_layers: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.remat not in get_args(Remat):
@@ -171,6 +176,12 @@ def num_params(config: Qwen2Config) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
 
 
+def with_whole_vocabulary(params: Params) -> Params:
+    """Embedding and LM head gathered along D, inside of a `jax.shard_map`: once for all that uses them."""
+    gathered = {n: partition.gather_vocabulary(params[n]) for n in ("embedding", "lm_head") if n in params}
+    return params | gathered
+
+
 def lm_head_weight(params: Params) -> Float[Array, "V D"]:
     """The LM head's weight, for `lm_head_loss`: the embedding where they are tied."""
     return params["lm_head"] if "lm_head" in params else params["embedding"]
@@ -193,20 +204,24 @@ def hidden_states(
 
     Args:
       config: the architecture.
-      params: parameters as from `init`, in any float dtype; cast to the compute dtype once.
+      params: parameters as from `init`, in any float dtype; cast to the compute dtype once. Sharded ones come
+        `with_whole_vocabulary`.
       token_ids: ids in [0, V).
       execution: how to run it.
     """
     dtype = execution.compute_dtype
-    layers = {  # norms stay in the dtype of the parameters: they are applied in float32
-        name: leaf if name.endswith("norm") else leaf.astype(dtype) for name, leaf in params["layers"].items()
-    }
+    layers = params["layers"]
+    if not execution.sharded:  # norms stay in the dtype of the parameters: they are applied in float32
+        layers = {name: leaf if name.endswith("norm") else leaf.astype(dtype) for name, leaf in layers.items()}
     rotation = rope_rotation(config, jnp.arange(token_ids.shape[1]))
     block: Callable[[Array, Params], Array] = functools.partial(_block, config, execution, rotation)
     if execution.remat != "none":
         policy = jax.checkpoint_policies.dots_saveable if execution.remat == "dots" else None
         block = jax.checkpoint(block, policy=policy)
-    x = params["embedding"][token_ids].astype(dtype)
+    elif execution.sharded and partition.in_use(partition.FSDP):
+        block = jax.checkpoint(block, policy=partition.all_but_gathered)
+    table = params["embedding"]
+    x = (partition.embed(table, token_ids) if execution.sharded else table[token_ids]).astype(dtype)
     unroll = 1 if execution.scan_layers else config.num_hidden_layers
     x, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x, layers, unroll=unroll)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
@@ -215,8 +230,12 @@ def hidden_states(
 def _block(
     config: Qwen2Config, execution: Execution, rotation: tuple[Array, Array], x: Float[Array, "B S D"], layer: Params
 ) -> Float[Array, "B S D"]:
-    x = x + _attention(config, execution, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
-    return x + _mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer)
+    if execution.sharded:
+        layer = partition.gather_block(layer, jnp.dtype(execution.compute_dtype))
+    add_up = partition.sum_over_model if execution.sharded else lambda part: part
+    attended = _attention(config, execution, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
+    x = x + add_up(attended)
+    return x + add_up(_mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer))
 
 
 def _attention(

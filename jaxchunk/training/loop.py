@@ -19,6 +19,7 @@ from jaxchunk.training import banner, resume
 from jaxchunk.training.checkpoint import Checkpoint, Checkpoints
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
+from jaxchunk.training.mesh import Devices, choose_devices
 from jaxchunk.training.plan import Plan, prepare
 from jaxchunk.training.progress import Progress
 from jaxchunk.training.records import WARMUP_STEPS, Stretch, step_record, stretch_record, summarize
@@ -46,21 +47,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
         was done is written.
     """
     validate(config)
-    device = jax.devices()[0]
+    devices = choose_devices(config, jax.devices())
     if (about := resume.find(config)) is not None:
-        config = resume.same_run(config, about)
+        config = resume.same_run(config, about, devices.shards)
     path = config.out_dir or new_run_path(f"{config.model_name}-{config.lmhead_chunks}chunks")
     run = RunDirectory(path, overwrite=config.overwrite or config.resume, go_on=about is not None)
-    plan = prepare(config, device, about)
+    plan = prepare(config, devices, about)
     restored = None if about is None else resume.restore(run.path, plan.programs.state)
     state = _first_state(plan, restored)
     with run, contextlib.ExitStack() as after_the_summary:  # writers may take long to end
         history = History() if restored is None else resume.take_up(run, restored)
-        with _watching(run, plan, history, device) as monitor:
-            print(banner.describe_run(plan, monitor, run.path, history.step), flush=True)
+        with _watching(run, plan, history) as monitor:
+            print(banner.describe_run(plan, monitor, run.path, history), flush=True)
             writers = after_the_summary.enter_context(_open_writers(run, plan, history))
             summary = _Training(plan, run, monitor, history, writers).run(state)
-            summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+            summary["peak_memory_bytes"] = _peak_memory_bytes(devices)
             summary["sampler_cpu_s"] = monitor.sampler_cpu_s
             summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
         run.write_json("summary.json", summary)
@@ -71,21 +72,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
+def _peak_memory_bytes(devices: Devices) -> int | None:
+    """The most that a device of this process has used; None where it does not say (a CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices.local]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def _first_state(plan: Plan, restored: Checkpoint | None) -> TrainState:
     """The state that training begins with; a restored one comes with its place in the data."""
     if restored is None:
-        return plan.programs.init(plan.model.start(plan.config.seed))
+        return plan.programs.init(plan.model.start(plan.config.seed, plan.devices.place_param))
     plan.batches.set_state(restored.about["batches"])
     return restored.state
 
 
 @contextlib.contextmanager
-def _watching(run: RunDirectory, plan: Plan, history: History, device: jax.Device) -> Iterator[AnyMonitor]:
+def _watching(run: RunDirectory, plan: Plan, history: History) -> Iterator[AnyMonitor]:
     """A started monitor on the run's clock, which counts the time between two processes too; writes down the run."""
     number = run.beginnings
     readings = f"telemetry-readings-{number}.jsonl" if number else "telemetry-readings.jsonl"
     monitor = open_monitor(
-        device,
+        plan.devices.local,
         csv_path=run.path / "telemetry.csv",
         append_csv=number > 0,
         record_path=run.path / readings if plan.config.record_telemetry else None,
@@ -140,7 +147,7 @@ class _Training:
         self._steady_from_s = math.inf  # when clocks and power had settled
         self._validated = history.last_validation  # step and loss
         self._flops_per_token = training_flops_per_token(plan.model.config, plan.config.seq_len)
-        self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
+        self._peak_flops = peak_flops(plan.devices.used, plan.config.compute_dtype)
 
     def run(self, state: TrainState) -> dict[str, Any]:
         """Trains `state` to the end, a stop or bad steps; returns the summary of what was done."""
@@ -267,7 +274,8 @@ class _Training:
 
     def _validate(self, params: qwen2.Params) -> None:
         step, batch_size = self._done, self._programs.memory_plan.micro_batch_size
-        batches = data.validation_batches(self._plan.split.validation, batch_size, self._config.val_batches)
+        rows = self._plan.devices.rows(batch_size)
+        batches = data.validation_batches(self._plan.split.validation, batch_size, self._config.val_batches, rows)
         sums = [self._programs.eval_step(params, batch) for batch in batches]
         loss, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
         self._validated = step, loss / tokens
@@ -307,6 +315,7 @@ class _Training:
             "jaxchunk": jaxchunk.__version__,
             "config": dataclasses.asdict(self._config),
             "model": hf.to_hf_config(self._plan.model.config, "float32"),
+            "mesh": self._plan.devices.shards._asdict(),
             "micro_batch_size": self._programs.memory_plan.micro_batch_size,
             "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
             "batches": self._plan.batches.get_state(),
