@@ -109,5 +109,5 @@ def embed(table: Float[Array, "v D"], token_ids: Int[Array, "B S"]) -> Float[Arr
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: the backward pass gathers again instead of keeping whole matrices of every block."""
+    """A policy of `jax.checkpoint`: the backward pass gathers again instead of keeping every block's matrices."""
     return bool(primitive.name != "all_gather")

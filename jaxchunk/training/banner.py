@@ -33,8 +33,8 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         f"{len(plan.split.train):,} training and {len(plan.split.validation):,} held-out sequences, "
         f"sha256 {dataset.sha256[:12]}",
         "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
-        "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each micro-batch{each} "
-        f"({plan.lm_head.reason})",
+        "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each "
+        f"micro-batch{each} ({plan.lm_head.reason})",
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
         "memory": programs.memory_plan.describe(),

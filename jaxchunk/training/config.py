@@ -66,11 +66,11 @@ class TrainConfig:
     """Devices that hold a whole copy each (with --mesh_fsdp and --mesh_model: a copy among so many) and see sequences of
     their own. The three numbers multiply to the devices that are used, the first ones. Default: all that JAX finds."""
     mesh_fsdp: int = 1
-    """Devices that share a copy and see sequences of their own: each keeps a slice of every matrix and of its optimizer
-    state, and gathers the rest where it is used. Must divide the model's width."""
+    """Devices that share a copy and see sequences of their own: each keeps a slice of every matrix and of its
+    optimizer state, and gathers the rest where it is used. Must divide the model's width."""
     mesh_model: int = 1
-    """Devices that share a copy and see the same sequences: each has some of the heads, of the feed-forward width and of
-    the vocabulary. Must divide all three (of heads, the key/value ones)."""
+    """Devices that share a copy and see the same sequences: each has some of the heads, of the feed-forward width and
+    of the vocabulary. Must divide all three (of heads, the key/value ones)."""
     distributed: bool = False
     """Train together with the other processes of this job, on all of their devices: started once on every host (or for
     every GPU) with the same flags. Slurm, Open MPI and Kubernetes say who they are; else give --coordinator,

@@ -36,8 +36,8 @@ class MemoryPlan:
         limit = "" if self.limit_bytes is None else f" of {self.limit_bytes / 1e9:.1f}"
         where = "" if self.devices == 1 else " on each device"
         return (
-            f"{self.memory.total_bytes / 1e9:.2f}{limit} GB{where} (state {self.memory.operand_bytes / 1e9:.2f}, temporaries "
-            f"{self.memory.temporary_bytes / 1e9:.2f}) with micro-batches of {self.micro_batch_size}"
+            f"{self.memory.total_bytes / 1e9:.2f}{limit} GB{where} (state {self.memory.operand_bytes / 1e9:.2f}, "
+            f"temporaries {self.memory.temporary_bytes / 1e9:.2f}) with micro-batches of {self.micro_batch_size}"
         )
 
 

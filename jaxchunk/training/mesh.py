@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int64, PRNGKeyArray
+from jaxtyping import Int, Int64, PRNGKeyArray
 
 from jaxchunk.data import Batch
 from jaxchunk.errors import InputError
@@ -72,25 +72,34 @@ class Devices:
         sharding, rows = NamedSharding(self.mesh, batch_spec(self.mesh)), self.rows(batch_size)
 
         def place(values: np.ndarray) -> Array:
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                wanted = np.arange(batch_size)[index[0]]
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                wanted = np.arange(batch_size)[index[0] if index else slice(None)]
                 return values[wanted if rows is None else np.searchsorted(rows, wanted)]
 
             return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, part)
 
         return {name: place(values) for name, values in batch.items()}
 
+    def place_signal(self, number: int) -> Int[Array, " devices"]:
+        """The number of this process on its devices, others' on theirs: one for each device of the mesh."""
+        assert self.mesh is not None
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
+        own = np.full(len(self.used), number, np.int32)
+        return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index or slice(None)])
+
     def place_key(self, key: PRNGKeyArray) -> PRNGKeyArray:
         """A random key, the same on all devices."""
         assert self.mesh is not None
-        return jax.device_put(key, NamedSharding(self.mesh, PartitionSpec()))
+        bits, sharding = np.asarray(jax.random.key_data(key)), NamedSharding(self.mesh, PartitionSpec())
+        placed = jax.make_array_from_callback(bits.shape, sharding, lambda _: bits)
+        return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(key))
 
     def place_param(self, path: tuple[Any, ...], values: np.ndarray) -> Array:
-        """A whole parameter, as an array over the mesh: no device, and no process for others, holds more than its part."""
+        """A whole parameter, as an array over the mesh, of which every device gets its part."""
         if self.mesh is None:
             return jnp.asarray(values)
         sharding = NamedSharding(self.mesh, partition_spec(path, self.mesh))
-        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index or ...])
 
 
 def choose_devices(config: TrainConfig, devices: Sequence[jax.Device]) -> Devices:
@@ -108,8 +117,8 @@ def choose_devices(config: TrainConfig, devices: Sequence[jax.Device]) -> Device
     fsdp, model, available = config.mesh_fsdp, config.mesh_model, len(devices)
     if config.mesh_data is None and available % (fsdp * model):
         raise InputError(
-            f"--mesh_fsdp {fsdp} x --mesh_model {model} are {fsdp * model} devices, which do not divide the {available} "
-            f"that JAX finds ({devices[0].device_kind}); choose divisors, or say with --mesh_data how many copies to use"
+            f"--mesh_fsdp {fsdp} x --mesh_model {model} are {fsdp * model} devices, which do not divide the "
+            f"{available} that JAX finds ({devices[0].device_kind}): choose divisors, or give --mesh_data too"
         )
     data = available // (fsdp * model) if config.mesh_data is None else config.mesh_data
     count, given = data * fsdp * model, f"--mesh_data {data} x --mesh_fsdp {fsdp} x --mesh_model {model}"
@@ -164,7 +173,8 @@ def check_model_fits(devices: Devices, model: qwen2.Qwen2Config, flag: str) -> N
             if size % count:
                 fitting = [str(n) for n in range(1, devices.available + 1) if math.gcd(*sizes.values()) % n == 0]
                 raise InputError(
-                    f"--{name} is {count}; {flag} has {words}, which {count} does not divide: use {' or '.join(fitting)}"
+                    f"--{name} is {count}; {flag} has {words}, which {count} does not divide: "
+                    f"use {' or '.join(fitting)}"
                 )
 
 

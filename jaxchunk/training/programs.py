@@ -31,12 +31,13 @@ class Programs(NamedTuple):
     """Compiled functions, and what compiling them found out. `train_step` donates the state it is given.
 
     `init` takes what `Model.start` gives; parameters are donated. Batches are those rows that this process loads.
+    Where processes are several, `train_step` takes the number of a signal to stop besides, 0 for none.
     `state` has the shape, dtype and sharding of every array of the state: what a checkpoint is restored into.
     """
 
     state: TrainState
     init: Callable[[PRNGKeyArray | qwen2.Params], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    train_step: Callable[..., tuple[TrainState, StepMetrics]]
     eval_step: Callable[[qwen2.Params, Batch], tuple[Array, Array]]
     memory_plan: MemoryPlan
     compile_time_s: float
@@ -78,7 +79,8 @@ def compile_programs(
         step = make_train_step(config, model.config, execution, optimizer, micro_batch_size, mesh)
         results = None if mesh is None else (stays, replicated)
         batch = _batch(config.batch_size, config, mesh)
-        return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, batch).compile(options)
+        signals = () if mesh is None or jax.process_count() == 1 else (devices.place_signal(0),)
+        return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, batch, *signals).compile(options)
 
     train_step, plan = compile_within_memory(config, model, compile_step, limit_bytes, devices.shards)
     jitted_eval = jax.jit(make_eval_step(config, model.config, execution, mesh))
@@ -89,8 +91,10 @@ def compile_programs(
         return Programs(placed, init, train_step, eval_step, plan, compile_time_s)
     return Programs(
         placed,
-        lambda start: init(devices.place_key(start) if model.checkpoint is None else start),
-        lambda state, batch: train_step(state, devices.place_batch(batch, config.batch_size)),
+        lambda start: init(start if isinstance(start, dict) else devices.place_key(start)),
+        lambda state, batch, *signals: train_step(
+            state, devices.place_batch(batch, config.batch_size), *map(devices.place_signal, signals)
+        ),
         lambda params, batch: eval_step(params, devices.place_batch(batch, plan.micro_batch_size)),
         plan,
         compile_time_s,

@@ -15,6 +15,7 @@ from jaxchunk.training import checkpoint
 from jaxchunk.training.checkpoint import Checkpoint, Unreadable
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.mesh import Shards
+from jaxchunk.training.processes import Processes
 from jaxchunk.training.records import StepRecord, Stretch
 from jaxchunk.training.step import TrainState
 
@@ -68,18 +69,35 @@ def find(config: TrainConfig) -> dict[str, Any] | None:
     return _newest(path, steps, lambda step: checkpoint.read_about(path, step))
 
 
-def restore(path: Path, like: TrainState) -> Checkpoint:
-    """The newest checkpoint that can be read; those that cannot are named.
+def restore(path: Path, like: TrainState, processes: Processes) -> Checkpoint:
+    """The newest checkpoint that all processes can read; those that cannot be read are named.
 
     Raises:
       InputError: there is none.
     """
-    steps = checkpoint.saved_steps(path)
-    return _newest(path, steps, lambda step: checkpoint.restore(path, step, like))
+    steps = processes.first_does("saved steps", lambda: checkpoint.saved_steps(path))
+
+    def read(step: int) -> Checkpoint:
+        restored, damage = None, None
+        try:
+            restored = checkpoint.restore(path, step, like)
+        except Unreadable as error:
+            damage = str(error)
+        damages = [words for words in processes.exchange(f"restored {step}", damage) if words is not None]
+        if restored is None or damages:
+            raise Unreadable(damages[0])
+        return restored
+
+    return _newest(path, steps, read)
 
 
-def take_up(run: RunDirectory, restored: Checkpoint) -> History:
-    """Brings the records to where the checkpoint is: what was recorded of later steps will be recorded again."""
+def take_up(run: RunDirectory, restored: Checkpoint, processes: Processes) -> History:
+    """Brings the records to where the checkpoint is: what was recorded of later steps will be recorded again.
+
+    The records are process 0's; others know of the checkpoint only.
+    """
+    if not processes.is_first:
+        return History(restored)
     for step in checkpoint.saved_steps(run.path):
         if step > restored.step:
             _logger.warning("the checkpoint of step %d is kept as %s", step, checkpoint.set_aside(run.path, step))

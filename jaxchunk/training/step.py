@@ -31,11 +31,12 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step, on the device."""
+    """Scalars of one step, on the device. `stop`: the highest signal that a process has got, where they are several."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     lr: Float[Array, ""]
+    stop: Int[Array, ""] | None = None
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -99,8 +100,11 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     micro_batch_size: int,
     mesh: Mesh | AbstractMesh | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The function `(state, batch) -> (state, metrics)` of one optimizer step; jit it with the state donated.
+
+    Several processes give it a third argument, the signal that each has got to stop, 0 for none: the metrics tell all
+    of them of it at the same step, without any waiting of its own.
 
     A step whose loss or gradient is not finite leaves parameters and moments as they are; only counters move on, so
     that the schedule stays the one of the step's number.
@@ -116,12 +120,15 @@ def make_train_step(
     schedule = learning_rate(config)
     gradients_of = make_gradients(config, model, execution, micro_batch_size, mesh)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, batch: Batch, signals: Int[Array, " devices"] | None = None
+    ) -> tuple[TrainState, StepMetrics]:
         loss, gradients = gradients_of(state.params, batch)
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        metrics = StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32))
+        stop = None if signals is None else jnp.max(signals)
+        metrics = StepMetrics(loss, grad_norm, jnp.asarray(schedule(state.step), jnp.float32), stop)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         return jax.tree.map(lambda new, old: _updated(finite, new, old), updated, state), metrics
 
