@@ -63,8 +63,8 @@ class TrainConfig:
     scan_layers: bool = False
     """Compile one block and loop over it: faster to compile, slower to run."""
     mesh_data: int | None = None
-    """Devices that hold a whole copy each (with --mesh_fsdp and --mesh_model: a copy among so many) and see sequences of
-    their own. The three numbers multiply to the devices that are used, the first ones. Default: all that JAX finds."""
+    """Copies of the model, each of which sees sequences of its own. Times --mesh_fsdp times --mesh_model it is how many
+    devices are used, the first ones. Default: as many as JAX finds devices for."""
     mesh_fsdp: int = 1
     """Devices that share a copy and see sequences of their own: each keeps a slice of every matrix and of its
     optimizer state, and gathers the rest where it is used. Must divide the model's width."""
