@@ -36,7 +36,7 @@ def describe_environment(device_details: dict[str, Any] | None = None) -> dict[s
     Args:
       device_details: what telemetry knows of the device (driver, power limit, ...), stored under "gpu".
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "jaxchunk": jaxchunk.__version__,
         "git_commit": git_commit(),

@@ -189,6 +189,42 @@ class RunDirectory:
             raise InputError(f"out_dir {self.path} already holds a run; choose another, or pass --overwrite")
 
 
+class OtherProcessRun(RunDirectory):
+    """The directory of a run that another process writes: takes everything and writes nothing."""
+
+    def __init__(self, path: str | Path):
+        """Checks nothing: the other process does."""
+        self.path = Path(path)
+
+    def __enter__(self) -> "OtherProcessRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    @property
+    def beginnings(self) -> int:
+        """See `RunDirectory`; not known here."""
+        return 0
+
+    @property
+    def began_unix_s(self) -> float:
+        """See `RunDirectory`; not known here."""
+        return 0.0
+
+    def write_json(self, name: str, value: Any) -> None:
+        """See `RunDirectory`."""
+
+    def begin(self, config: dict[str, Any], environment: dict[str, Any], **about: Any) -> float:
+        """See `RunDirectory`; the run begins now."""
+        return 0.0
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """See `RunDirectory`."""
+
+
 def new_run_path(name: str) -> Path:
     """A path under `runs/` that nothing uses yet: the time, the name, and a number where that is taken."""
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"

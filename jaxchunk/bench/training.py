@@ -28,6 +28,7 @@ from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.run_dir import RunDirectory
 from jaxchunk.training import config as training_config
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.mesh import choose_devices
 from jaxchunk.training.plan import Plan, prepare
 
 _logger = logging.getLogger("jaxchunk")
@@ -184,10 +185,10 @@ def _noting(variant: Variant, latest: dict[str, Any]) -> Variant:
 
 
 def _prepare(base: TrainConfig, chunks: int) -> Plan:
-    arm = dataclasses.replace(base, lmhead_chunks=chunks)
+    arm = dataclasses.replace(base, lmhead_chunks=chunks, mesh_data=1)
     training_config.validate(arm)
     print(f"compiling {arm.model} with {chunks} chunk(s) ...", flush=True)
-    return prepare(arm, jax.devices()[0])
+    return prepare(arm, choose_devices(arm, jax.devices()))
 
 
 def _report(directory: RunDirectory, measurements: Sequence[Measurement], tokens: int) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple, SupportsIndex, TypeAlias
 import grain
 import grain.experimental
 import numpy as np
-from jaxtyping import Int32, UInt
+from jaxtyping import Int32, Int64, UInt
 
 from jaxchunk.data.dataset import Dataset
 from jaxchunk.data.examples import Examples
@@ -138,7 +138,9 @@ def _pack(examples: Examples, chosen: np.ndarray, description: str, seq_len: int
     return PackedRows(examples, seq_len, fitting)
 
 
-def train_batches(windows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+def train_batches(
+    windows: Rows, batch_size: int, seed: int, rows: Int64[np.ndarray, " rows"] | None = None
+) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over shuffled batches, prepared on a background thread.
 
     Every window or example comes once in each epoch, in an order that depends on the seed and the epoch alone (examples
@@ -151,6 +153,8 @@ def train_batches(windows: Rows, batch_size: int, seed: int) -> grain.DatasetIte
         windows: the source, at least one window.
         batch_size: B, the number of windows in a batch.
         seed: of the shuffle, any integer from 0.
+        rows: which windows of each batch to load, where other processes load the others; None for all of them. The
+            order of all of them, and the state, do not depend on it.
 
     Raises:
         InputError: an argument is out of range.
@@ -160,21 +164,31 @@ def train_batches(windows: Rows, batch_size: int, seed: int) -> grain.DatasetIte
         raise InputError(f"the seed is {seed}: it needs to be 0 or larger")
     if isinstance(windows, PackedRows):
         packed = PackedEpochs(windows, seed).batch(batch_size, drop_remainder=True)
+        if rows is not None:
+            packed = packed.map(lambda batch: {name: values[rows] for name, values in batch.items()})
         buffer_size = _READ_OPTIONS.prefetch_buffer_size
         return iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=buffer_size))
     # Grain shuffles epoch e with seed + e, so that run 1 would repeat run 0 one epoch late. Hash the seed first.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    own = np.arange(batch_size) if rows is None else rows
+
+    def load(chosen: np.ndarray) -> Batch:
+        return _stack_and_pad([windows[i] for i in chosen[own]], len(own), windows[0])
+
     batches = (
-        grain.MapDataset.source(windows)
+        grain.MapDataset.range(len(windows))
         .shuffle(seed=shuffle_seed)
         .repeat()
         # Nothing remains of an endless stream; but without this, batches of one overflow Grain's length.
         .batch(batch_size, drop_remainder=True)
+        .map(load)
     )
     return iter(batches.to_iter_dataset(_READ_OPTIONS))
 
 
-def validation_batches(windows: Rows, batch_size: int, max_batches: int | None = None) -> grain.IterDataset[Batch]:
+def validation_batches(
+    windows: Rows, batch_size: int, max_batches: int | None = None, rows: Int64[np.ndarray, " rows"] | None = None
+) -> grain.IterDataset[Batch]:
     """Returns the held-out batches, to be iterated over as often as needed.
 
     Every window comes once and in order. The last batch is filled up with rows whose labels are all
@@ -184,6 +198,7 @@ def validation_batches(windows: Rows, batch_size: int, max_batches: int | None =
         windows: the source, at least one window.
         batch_size: B, the number of rows in a batch.
         max_batches: give at most so many batches, of windows spread evenly over all; None for all.
+        rows: which of the rows of each batch to load; None for all of them.
 
     Raises:
         InputError: an argument is out of range.
@@ -193,20 +208,23 @@ def validation_batches(windows: Rows, batch_size: int, max_batches: int | None =
         raise InputError(f"the number of validation batches is {max_batches}: it needs to be at least 1")
     total = len(windows)
     chosen = total if max_batches is None else min(total, max_batches * batch_size)
-    batches = (
-        grain.MapDataset.range(chosen)
-        .map(lambda i: windows[i * total // chosen])
-        .batch(batch_size, batch_fn=lambda rows: _stack_and_pad(rows, batch_size))
-    )
+    own = np.arange(batch_size) if rows is None else rows
+
+    def load(places: np.ndarray) -> Batch:
+        mine = [windows[i * total // chosen] for i in places[own[own < len(places)]]]
+        return _stack_and_pad(mine, len(own), windows[0])
+
+    batches = grain.MapDataset.range(chosen).batch(batch_size).map(load)
     return batches.to_iter_dataset(_READ_OPTIONS)
 
 
-def _stack_and_pad(rows: list[Window], batch_size: int) -> Batch:
+def _stack_and_pad(rows: list[Window], batch_size: int, like: Window) -> Batch:
     batch = {}
-    for name, first in rows[0].items():
+    for name, first in like.items():
         filler = IGNORE_INDEX if name == "labels" else 0
         batch[name] = np.full((batch_size, *first.shape), filler, np.int32)
-        batch[name][: len(rows)] = [row[name] for row in rows]
+        for value, row in zip(batch[name], rows, strict=False):
+            value[:] = row[name]
     return batch
 
 

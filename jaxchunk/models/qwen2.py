@@ -12,7 +12,6 @@ V vocabulary, L layers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -22,6 +21,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float64, Int, PRNGKeyArray
+
+from jaxchunk.models import partition
 
 Params = dict[str, Any]
 AttentionImplementation = Literal["cudnn", "xla"]
@@ -106,12 +107,15 @@ class Execution:
       remat: what the backward pass recomputes in a block: "none"; "dots", everything but GEMM outputs; "full",
         everything.
       scan_layers: compile one block and loop over it, instead of all blocks.
+      sharded: whether this is inside of a `jax.shard_map` over the axes of `partition`, with parameters as its rules
+        shard them.
     """
 
     compute_dtype: DTypeLike = jnp.bfloat16
     attention: AttentionImplementation = "xla"
     remat: Remat = "none"
     scan_layers: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.remat not in get_args(Remat):
@@ -172,6 +176,12 @@ def num_params(config: Qwen2Config) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
 
 
+def with_whole_vocabulary(params: Params) -> Params:
+    """Embedding and LM head gathered along D, inside of a `jax.shard_map`: once for all that uses them."""
+    gathered = {n: partition.gather_vocabulary(params[n]) for n in ("embedding", "lm_head") if n in params}
+    return params | gathered
+
+
 def lm_head_weight(params: Params) -> Float[Array, "V D"]:
     """The LM head's weight, for `lm_head_loss`: the embedding where they are tied."""
     return params["lm_head"] if "lm_head" in params else params["embedding"]
@@ -206,7 +216,7 @@ def hidden_states(
     Args:
       config: the architecture.
       params: parameters as from `init`, in any float dtype; cast to the compute dtype once. Layers may hold adapters
-        besides (`lora`).
+        besides (`lora`). Sharded ones come `with_whole_vocabulary`.
       token_ids: ids in [0, V).
       execution: how to run it.
       segment_ids: where a row holds several sequences one after the other, the number of each token's: a token sees its
@@ -214,6 +224,7 @@ def hidden_states(
         of 2 bytes an element, reads it in every head, computes the blocks that it masks, needs an even S, and with JAX
         0.10 computes a gradient of it that nobody asks for. (Its layout for packed sequences is no public part of JAX.)
     """
+    dtype, layers = execution.compute_dtype, params["layers"]
     rotation, mask = rope_rotation(config, jnp.arange(token_ids.shape[1])), None
     if segment_ids is not None:
         rotation = rope_rotation(config, segment_positions(segment_ids))
@@ -222,14 +233,23 @@ def hidden_states(
     def attend(q: Array, k: Array, v: Array) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=execution.attention)
 
-    with jax.named_scope("weights_cast"):
-        layers = cast_weights(params["layers"], execution.compute_dtype)
-    block: Callable[[Array, Params], Array] = functools.partial(decoder_block, config, attend, rotation)
+    def block(x: Array, layer: Params) -> Array:
+        if not execution.sharded:
+            return decoder_block(config, attend, rotation, x, layer)
+        layer = partition.gather_block(layer, jnp.dtype(dtype))
+        return decoder_block(config, attend, rotation, x, layer, partition.sum_over_model)
+
+    if not execution.sharded:
+        with jax.named_scope("weights_cast"):
+            layers = cast_weights(layers, dtype)
     if execution.remat != "none":
         policy = jax.checkpoint_policies.dots_saveable if execution.remat == "dots" else None
         block = jax.checkpoint(block, policy=policy)
+    elif execution.sharded and partition.in_use(partition.FSDP):
+        block = jax.checkpoint(block, policy=partition.all_but_gathered)
+    table = params["embedding"]
     with jax.named_scope("embedding"):
-        x = params["embedding"][token_ids].astype(execution.compute_dtype)
+        x = (partition.embed(table, token_ids) if execution.sharded else table[token_ids]).astype(dtype)
     unroll = 1 if execution.scan_layers else config.num_hidden_layers
     x, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x, layers, unroll=unroll)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
@@ -255,6 +275,7 @@ def decoder_block(
     rotation: tuple[Array, Array],
     x: Float[Array, "B S D"],
     layer: Params,
+    add_up: Callable[[Array], Array] = lambda part: part,
 ) -> Float[Array, "B S D"]:
     """One block on the residual stream `x`.
 
@@ -264,9 +285,11 @@ def decoder_block(
       rotation: of the tokens' positions, as from `rope_rotation`.
       x: residual stream.
       layer: the block's parameters, in the compute dtype (`cast_weights`).
+      add_up: what is done to each branch before it is added: the sum over devices that have a part of it each.
     """
-    x = x + _attention(config, attend, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
-    return x + _mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer)
+    attended = _attention(config, attend, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
+    x = x + add_up(attended)
+    return x + add_up(_mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer))
 
 
 @jax.named_scope("attention")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, Self, get_args
 
 from jaxchunk.telemetry.tracks import EnergySource
 
@@ -69,6 +69,26 @@ class Window:
     invalid_reason: str | None = None
     parts: tuple["Window", ...] = ()
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From what `dataclasses.asdict` gave, through JSON."""
+        check, parts = values["cross_check"], values["parts"]
+        nested = {
+            "cross_check": None if check is None else CrossCheck(**check),
+            "parts": tuple(map(cls.from_dict, parts)),
+        }
+        return cls(**values | nested)
+
+    @classmethod
+    def unknown(cls, start_s: float, end_s: float, reason: str) -> Self:
+        """A window of which nothing is known."""
+        return cls(start_s, end_s, None, None, None, reason, None, None, None, None)
+
+    @property
+    def devices(self) -> tuple["Window", ...]:
+        """The windows of each device, also where there is one."""
+        return self.parts or (self,)
+
 
 def summed(parts: Sequence[Window]) -> Window:
     """One window of several devices: joules, watts, throttle seconds added, clocks averaged, the highest temperature.
@@ -86,7 +106,7 @@ def summed(parts: Sequence[Window]) -> Window:
         energy_j=_total([part.energy_j for part in parts]),
         energy_bound_j=_total([part.energy_bound_j for part in parts]),
         energy_source=_worst_source(parts),
-        energy_null_reason="; ".join(reasons) or None,
+        energy_null_reason=_joined(reasons, [part.energy_null_reason for part in parts]),
         power_w=_total([part.power_w for part in parts]),
         sm_clock_mhz=None if clock_mhz is None else clock_mhz / len(parts),
         temperature_c=max(temperatures_c) if len(temperatures_c) == len(parts) else None,
@@ -96,6 +116,11 @@ def summed(parts: Sequence[Window]) -> Window:
         invalid_reason="; ".join(invalid) or None,
         parts=tuple(parts),
     )
+
+
+def _joined(by_device: list[str], reasons: list[str | None]) -> str | None:
+    """Each device's reason, or the one that all of them have."""
+    return reasons[0] if len(set(reasons)) == 1 else "; ".join(by_device)
 
 
 def _worst_source(parts: Sequence[Window]) -> EnergySource | None:

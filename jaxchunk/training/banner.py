@@ -13,19 +13,21 @@ from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model
 from jaxchunk.training.plan import Plan
 from jaxchunk.training.programs import Programs
+from jaxchunk.training.resume import History, mesh_of
 
 
-def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -> str:
-    """The banner: everything that was chosen, and why. `done_steps`: where a resumed run goes on from."""
+def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) -> str:
+    """The banner: everything that was chosen, and why. `history`: what a resumed run goes on from."""
     config, dataset, programs = plan.config, plan.dataset, plan.programs
-    model, device = plan.model.config, jax.devices()[0]
+    model, device = plan.model.config, plan.devices.used[0]
     micro_batches = config.batch_size // programs.memory_plan.micro_batch_size
     chunk_rows, chunks = plan.lm_head_rows
+    each = "" if plan.devices.mesh is None else " of each device"
     tied = "tied to the embedding" if model.tie_word_embeddings else "untied"
     lines = {
         "jaxchunk": f"{jaxchunk.__version__}, JAX {jax.__version__}",
-        "device": f"{device.device_kind} ({device.platform}), 1 of {jax.device_count()}",
-        "model": f"{config.model_name}, {_origin(plan.model, done_steps)}, "
+        "device": plan.devices.describe(),
+        "model": f"{config.model_name}, {_origin(plan.model, history.step)}, "
         f"{qwen2.num_params(model) / 1e6:.1f} M parameters, LM head {tied}",
         **_trained(config, model),
         "dtypes": f"{_float32_parts(config)} float32; activations and GEMMs {config.compute_dtype} "
@@ -34,14 +36,14 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -
         f"{_rows(plan.split.train)} to train on and {_rows(plan.split.validation)} held out, "
         f"sha256 {dataset.sha256[:12]}",
         "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
-        "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each micro-batch "
-        f"({plan.lm_head.reason})",
+        "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each "
+        f"micro-batch{each} ({plan.lm_head.reason})",
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
         "memory": programs.memory_plan.describe(),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
         "compiled in": _compile_times(programs),
-        "checkpoints": _checkpoints(config) + (f"; resumed after step {done_steps}" if done_steps else ""),
+        "checkpoints": _checkpoints(config) + _resumed(plan, history),
         "output": str(path),
     }
     width = max(map(len, lines))
@@ -104,6 +106,14 @@ def _checkpoints(config: TrainConfig) -> str:
         return "none"
     often = f"every {config.checkpoint_every} steps and at the end" if config.checkpoint_every else "at the end"
     return f"{often}; the latest {config.keep_checkpoints} and the best by validation loss are kept"
+
+
+def _resumed(plan: Plan, history: History) -> str:
+    if history.checkpoint is None:
+        return ""
+    saved_on = mesh_of(history.checkpoint.about)
+    other = "" if saved_on == plan.devices.shards else f", which was saved on {saved_on}: equal but not to the bit"
+    return f"; resumed after step {history.step}{other}"
 
 
 def describe_summary(summary: dict[str, Any], figure: Path) -> str:

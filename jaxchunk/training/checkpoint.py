@@ -29,10 +29,12 @@ from orbax.checkpoint import checkpoint_managers
 from jaxchunk.errors import InputError
 from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.processes import Processes
 from jaxchunk.training.step import TrainState
 
 _logger = logging.getLogger("jaxchunk")
 _DIRECTORY = "checkpoints"
+_ALONE = Processes(1, 0, 0)
 _ITEMS = ("params", "optimizer", "run")
 _CLEARING_TIMEOUT_S = 10.0  # for removing what a failed save wrote
 _FORMAT = 1  # of the items; a change that older code cannot read needs a new number
@@ -69,14 +71,17 @@ class Checkpoints:
     Use as a context manager: leaving waits for what is being written.
     """
 
-    def __init__(self, run_path: Path, *, keep: int, say: Callable[[str], None]):
+    def __init__(self, run_path: Path, *, keep: int, say: Callable[[str], None], processes: Processes = _ALONE):
         """Opens the directory and clears away what unfinished saves left.
 
         Args:
           run_path: the run's directory.
           keep: how many of the latest checkpoints stay; the best by validation loss stays besides.
           say: takes a line for people.
+          processes: that hold the state together, each of which opens the directory and saves.
         """
+        self._processes = processes
+        self._opened = 0
         self._path = run_path / _DIRECTORY
         self._keep = keep
         self._say = say
@@ -104,15 +109,15 @@ class Checkpoints:
             run=ocp.args.JsonSave({"format": _FORMAT, **about}),
         )
         with self._failures_told(step):
-            self._check_room(state)
+            self._check_room(step, state)
             self._pending = step
             metrics = None if val_loss is None else {"val_loss": val_loss}
             self._manager.save(step, args=arguments, metrics=metrics, force=True)  # Orbax is not to decide whether
         self.blocked_s += time.perf_counter() - start_s
 
     def poll(self) -> None:
-        """Says at once, and not at the next save, that one has failed. Never blocks."""
-        if self._pending is not None and not self._manager.is_saving_in_progress():
+        """Says at once, and not at the next save, that one has failed. Never blocks; several processes cannot tell."""
+        if self._processes.count == 1 and self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -131,12 +136,17 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _check_room(self, state: TrainState) -> None:
+    def _check_room(self, step: int, state: TrainState) -> None:
         """Refuses what the disk will not hold, before it is full: others write there too."""
         needed = sum(array.nbytes for array in jax.tree.leaves(state._replace(frozen=None)))
-        room = shutil.disk_usage(self._path)
-        if room.total > 0 and room.free < needed:  # some file systems do not say
-            raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.3g} GB, and {room.free / 1e9:.3g} are free")
+
+        def lacking() -> str | None:
+            room = shutil.disk_usage(self._path)
+            enough = room.total <= 0 or room.free >= needed  # some file systems do not say
+            return None if enough else f"it needs {needed / 1e9:.3g} GB, and {room.free / 1e9:.3g} are free"
+
+        if (obstacle := self._processes.first_does(f"room for {step}", lacking)) is not None:
+            raise OSError(errno.ENOSPC, obstacle)
 
     @contextlib.contextmanager
     def _failures_told(self, step: int) -> Iterator[None]:
@@ -152,6 +162,12 @@ class Checkpoints:
 
     def _reopen(self) -> None:
         """A manager that knows what is on the disk: after a failed save it no longer does."""
+        self._opened += 1
+        self._processes.first_does(f"checkpoints cleared {self._opened}", self._clear)
+        self._manager = _manager(self._path, keep=self._keep)
+        self.newest = self._manager.latest_step()
+
+    def _clear(self) -> None:
         deadline_s = time.monotonic() + _CLEARING_TIMEOUT_S
         while unfinished := list(self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")):
             for path in unfinished:
@@ -165,8 +181,6 @@ class Checkpoints:
             except (OSError, ValueError, KeyError):  # Orbax would not open the directory at all
                 _logger.warning("warning: the validation loss of checkpoint %s cannot be read", metrics.parent.name)
                 shutil.rmtree(metrics, ignore_errors=True)
-        self._manager = _manager(self._path, keep=self._keep)
-        self.newest = self._manager.latest_step()
 
 
 def saved_steps(run_path: Path) -> list[int]:
@@ -211,7 +225,7 @@ def restore(run_path: Path, step: int, like: TrainState) -> Checkpoint:
         params=ocp.args.StandardRestore(like.params),
         optimizer=ocp.args.StandardRestore({"opt_state": like.opt_state, "step": like.step}),
     )
-    with _reading(run_path) as manager, _damage_named():
+    with _reading(run_path, together=True) as manager, _damage_named():
         restored = manager.restore(step, args=arguments)
     return Checkpoint(step, TrainState(restored["params"], **restored["optimizer"]), about)
 
@@ -294,7 +308,15 @@ def _flags(about: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**flags)
 
 
-def _manager(path: Path, *, keep: int = 1, losses: bool = True) -> ocp.CheckpointManager:
+def _manager(path: Path, *, keep: int = 1, losses: bool = True, together: bool = True) -> ocp.CheckpointManager:
+    """A manager of all processes together, or of this one, which then only reads."""
+    alone: dict[str, Any] = {}
+    if jax.process_count() > 1 and not together:
+        this = jax.process_index()
+        only_this = ocp.options.MultiprocessingOptions(
+            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
+        )
+        alone = {"multiprocessing_options": only_this, "create": False}
     best = checkpoint_managers.BestN(
         get_metric_fn=lambda metrics: -metrics["val_loss"], n=1, keep_checkpoints_without_metrics=False
     )
@@ -305,14 +327,15 @@ def _manager(path: Path, *, keep: int = 1, losses: bool = True) -> ocp.Checkpoin
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         lightweight_initialize=not losses,
         preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best]),
+        **alone,
     )
     return ocp.CheckpointManager(path.absolute(), item_names=_ITEMS, options=options)
 
 
 @contextlib.contextmanager
-def _reading(run_path: Path, *, losses: bool = False) -> Iterator[ocp.CheckpointManager]:
+def _reading(run_path: Path, *, losses: bool = False, together: bool = False) -> Iterator[ocp.CheckpointManager]:
     """A manager that is not to save; it writes nothing by itself, so that a run may be read while it goes on."""
-    with contextlib.closing(_manager(run_path / _DIRECTORY, losses=losses)) as manager:
+    with contextlib.closing(_manager(run_path / _DIRECTORY, losses=losses, together=together)) as manager:
         yield manager
 
 

@@ -74,6 +74,25 @@ class TrainConfig:
     """What the backward pass recomputes in a block: none, dots (all but GEMM outputs) or full."""
     scan_layers: bool = False
     """Compile one block and loop over it: faster to compile, slower to run."""
+    mesh_data: int | None = None
+    """Copies of the model, each of which sees sequences of its own. Times --mesh_fsdp times --mesh_model it is how many
+    devices are used, the first ones. Default: as many as JAX finds devices for."""
+    mesh_fsdp: int = 1
+    """Devices that share a copy and see sequences of their own: each keeps a slice of every matrix and of its
+    optimizer state, and gathers the rest where it is used. Must divide the model's width."""
+    mesh_model: int = 1
+    """Devices that share a copy and see the same sequences: each has some of the heads, of the feed-forward width and
+    of the vocabulary. Must divide all three (of heads, the key/value ones)."""
+    distributed: bool = False
+    """Train together with the other processes of this job, on all of their devices: started once on every host (or for
+    every GPU) with the same flags. Slurm, Open MPI and Kubernetes say who they are; else give --coordinator,
+    --num_processes and --process_id. All must see the same out_dir, which process 0 writes."""
+    coordinator: str | None = None
+    """Address and port of process 0, host:port, where the environment does not say."""
+    num_processes: int | None = None
+    """How many processes there are, where the environment does not say."""
+    process_id: int | None = None
+    """Which of them this is, from 0, where the environment does not say."""
     val_every: int = 100
     """Steps between validations (there is one at the end in any case); 0 for that one only."""
     val_batches: int = 16
@@ -165,9 +184,13 @@ def validate(config: TrainConfig) -> None:
             raise InputError(f"--{field.name} is {value}; it must be a finite number")
     if not 0 <= config.seed < 2**63:
         raise InputError(f"--seed is {config.seed}; it must be between 0 and 2^63 - 1")
-    for name in ("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches", "max_bad_steps", "sample_tokens"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} is {getattr(config, name)}; it must be at least 1")
+    for name in (
+        *("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches", "max_bad_steps", "sample_tokens"),
+        *("mesh_data", "mesh_fsdp", "mesh_model"),
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}; it must be at least 1")
     for name in ("val_every", "weight_decay", "checkpoint_every", "keep_checkpoints", "lora_rank", "sample_every"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must not be negative")

@@ -1,5 +1,7 @@
 """Model FLOPs and their share of what the device could do (MFU)."""
 
+from collections.abc import Sequence
+
 import jax
 
 from jaxchunk.models.qwen2 import Qwen2Config
@@ -45,6 +47,8 @@ def training_flops_per_token(config: Qwen2Config, seq_len: int, *, frozen: bool 
     return (4.0 if frozen else 6.0) * matmuls + 6.0 * config.num_hidden_layers * seq_len * D
 
 
-def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
-    """The device's peak for a 16-bit compute dtype; None where its full name is not in the table."""
-    return PEAK_FLOPS_16_BIT.get(device.device_kind) if compute_dtype == "bfloat16" else None
+def peak_flops(devices: Sequence[jax.Device], compute_dtype: str) -> float | None:
+    """The devices' peak together for a 16-bit compute dtype; None where a full name is not in the table."""
+    peaks = [PEAK_FLOPS_16_BIT.get(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    return sum(known) if compute_dtype == "bfloat16" and len(known) == len(peaks) else None

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import math
+import signal
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +16,16 @@ from jaxchunk import data, environment, plotting
 from jaxchunk.compilation import program_cache
 from jaxchunk.errors import RunFailedError
 from jaxchunk.models import hf, lora, qwen2
-from jaxchunk.run_dir import RunDirectory, new_run_path
+from jaxchunk.run_dir import OtherProcessRun, RunDirectory, new_run_path
 from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, open_monitor
 from jaxchunk.training import banner, resume
 from jaxchunk.training.checkpoint import Checkpoint, Checkpoints, check_base
 from jaxchunk.training.config import TrainConfig, validate
+from jaxchunk.training.energy_sum import add_up
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
+from jaxchunk.training.mesh import Devices, choose_devices
 from jaxchunk.training.plan import Plan, prepare
+from jaxchunk.training.processes import Processes
 from jaxchunk.training.progress import Progress
 from jaxchunk.training.records import WARMUP_STEPS, Stretch, perplexity, step_record, stretch_record, summarize
 from jaxchunk.training.resume import History
@@ -30,6 +35,7 @@ from jaxchunk.training.stop import StopRequest
 from jaxchunk.training.trace import StepTrace, parse_steps
 from jaxchunk.training.writers import Writers, open_writers
 
+_TELLING_TIMEOUT_S = 5.0  # how long to wait for what other processes have measured, at the end of a stretch
 _TICK_TIMEOUT_S = 1.0  # how long to wait for the energy counter's next tick before and after a stretch
 
 
@@ -47,36 +53,69 @@ def train(config: TrainConfig) -> dict[str, Any]:
       RunFailedError: the loss stayed NaN or infinite, or the last checkpoint could not be written; the summary of what
         was done is written.
     """
-    validate(config)
-    device = jax.devices()[0]
-    if (about := resume.find(config)) is not None:
-        config = resume.same_run(config, about)
-    path = config.out_dir or new_run_path(f"{config.model_name}-{config.lmhead_chunks}chunks")
-    run = RunDirectory(path, overwrite=config.overwrite or config.resume, go_on=about is not None)
-    plan = prepare(config, device, about)
-    restored = None if about is None else resume.restore(run.path, plan.programs.state)
-    state = _first_state(plan, restored)
-    with run, contextlib.ExitStack() as after_the_summary:  # writers may take long to end
-        history = History() if restored is None else resume.take_up(run, restored)
-        with _watching(run, plan, history, device) as monitor:
-            print(banner.describe_run(plan, monitor, run.path, history.step), flush=True)
-            writers = after_the_summary.enter_context(_open_writers(run, plan, history))
-            summary = _Training(plan, run, monitor, history, writers).run(state)
-            summary["peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    processes = Processes.of_jax()
+    with processes.together("flags"):
+        validate(config)
+        devices = choose_devices(config, jax.devices())
+    processes.check_same("compared flags", _comparable(config))
+    if (about := processes.first_does("checkpoint", lambda: resume.find(config))) is not None:
+        config = resume.same_run(config, about, devices.shards)
+    name = f"{config.model_name}-{config.lmhead_chunks}chunks"
+    path = processes.first_does("out_dir", lambda: config.out_dir or str(new_run_path(name)))
+    with processes.together("directory"):
+        run: RunDirectory = OtherProcessRun(path)
+        if processes.is_first:
+            run = RunDirectory(path, overwrite=config.overwrite or config.resume, go_on=about is not None)
+    with processes.together("preparation"):
+        plan = prepare(config, devices, about)
+    processes.check_same("compared preparation", {"the data": plan.dataset.sha256, "what was chosen": plan.choices()})
+    restored = None if about is None else resume.restore(run.path, plan.programs.state, processes)
+    with processes.together("first state"):
+        state = _first_state(plan, restored)
+    with contextlib.ExitStack() as stack:
+        with processes.together("directory made"):
+            stack.enter_context(run)
+            after_the_summary = stack.enter_context(contextlib.ExitStack())  # writers may take long to end
+            history = History() if restored is None else resume.take_up(run, restored, processes)
+        with _watching(run, plan, history) as monitor:
+            if processes.is_first:
+                print(banner.describe_run(plan, monitor, run.path, history), flush=True)
+                writers = after_the_summary.enter_context(_open_writers(run, plan, history))
+            else:
+                writers = Writers(lambda _: None)
+            summary = _Training(plan, run, monitor, history, writers, processes).run(state)
+            summary["peak_memory_bytes"] = _peak_memory_bytes(devices)
             summary["sampler_cpu_s"] = monitor.sampler_cpu_s
             summary["telemetry_errors"] = {name: dataclasses.asdict(error) for name, error in monitor.errors.items()}
-        run.write_json("summary.json", summary)
-        figure = plotting.plot_training(run.path)
-    print(banner.describe_summary(summary, figure), flush=True)
+        summary = processes.first_does("summary", lambda: summary)
+        if processes.is_first:
+            run.write_json("summary.json", summary)
+            figure = plotting.plot_training(run.path)
+    if processes.is_first:
+        print(banner.describe_summary(summary, figure), flush=True)
     if summary["status"] == "failed":
         raise RunFailedError(summary["status_reason"])
     return summary
 
 
+def _comparable(config: TrainConfig) -> dict[str, Any]:
+    """What all processes must have in common before they begin: flags but for those of one host, and versions."""
+    own = ("process_id", "coordinator", "cache_dir", "data", "tokenizer", "hf_model")  # files are compared by content
+    flags = {f"--{name}": value for name, value in dataclasses.asdict(config).items() if name not in own}
+    versions = {"JAX": jax.__version__, "jaxchunk": f"{jaxchunk.__version__} {environment.source_sha256()[:12]}"}
+    return dict(json.loads(json.dumps(flags | versions)))
+
+
+def _peak_memory_bytes(devices: Devices) -> int | None:
+    """The most that a device of this process has used; None where it does not say (a CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices.local]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def _first_state(plan: Plan, restored: Checkpoint | None) -> TrainState:
     """The state that training begins with; a restored one comes with its place in the data."""
     if restored is None:
-        return plan.programs.init(*plan.model.start(plan.config.seed))
+        return plan.programs.init(*plan.model.start(plan.config.seed, plan.devices.place_param))
     plan.batches.set_state(restored.about["batches"])
     if plan.config.adapters is None:
         return restored.state
@@ -86,15 +125,16 @@ def _first_state(plan: Plan, restored: Checkpoint | None) -> TrainState:
 
 
 @contextlib.contextmanager
-def _watching(run: RunDirectory, plan: Plan, history: History, device: jax.Device) -> Iterator[AnyMonitor]:
+def _watching(run: RunDirectory, plan: Plan, history: History) -> Iterator[AnyMonitor]:
     """A started monitor on the run's clock, which counts the time between two processes too; writes down the run."""
     number = run.beginnings
     readings = f"telemetry-readings-{number}.jsonl" if number else "telemetry-readings.jsonl"
+    writes = not isinstance(run, OtherProcessRun)
     monitor = open_monitor(
-        device,
-        csv_path=run.path / "telemetry.csv",
+        plan.devices.local,
+        csv_path=run.path / "telemetry.csv" if writes else None,
         append_csv=number > 0,
-        record_path=run.path / readings if plan.config.record_telemetry else None,
+        record_path=run.path / readings if writes and plan.config.record_telemetry else None,
     )
     about = environment.describe_environment(monitor.describe())
     about |= {"chosen": plan.choices(), "data": plan.describe_data(), "program_cache": program_cache()}
@@ -134,9 +174,18 @@ class _Completed:
 class _Training:
     """The state of the loop. Steps run in stretches between validations and checkpoints; energy is known for each."""
 
-    def __init__(self, plan: Plan, run: RunDirectory, monitor: AnyMonitor, history: History, writers: Writers):
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunDirectory,
+        monitor: AnyMonitor,
+        history: History,
+        writers: Writers,
+        processes: Processes,
+    ):
         self._plan, self._config, self._programs, self._run = plan, plan.config, plan.programs, run
-        self._monitor, self._writers = monitor, writers
+        self._monitor, self._writers, self._processes = monitor, writers, processes
+        self._agreed_signal = 0  # to stop, which all processes know of
         self._history = history
         self._records = list(history.records)
         self._stretches: list[Stretch] = list(history.stretches)
@@ -148,12 +197,12 @@ class _Training:
         self._flops_per_token = training_flops_per_token(
             plan.model.config, plan.config.seq_len, frozen=plan.config.adapters is not None
         )
-        self._peak_flops = peak_flops(jax.devices()[0], plan.config.compute_dtype)
+        self._peak_flops = peak_flops(plan.devices.used, plan.config.compute_dtype)
 
     def run(self, state: TrainState) -> dict[str, Any]:
         """Trains `state` to the end, a stop or bad steps; returns the summary of what was done."""
         with (
-            Progress(self._config.steps, self._done) as self._progress,
+            Progress(self._config.steps, self._done, silent=not self._processes.is_first) as self._progress,
             contextlib.closing(CompletionWatcher(self._monitor.now)) as self._watcher,
             self._open_checkpoints() as self._checkpoints,
             self._open_trace() as self._trace,
@@ -189,7 +238,7 @@ class _Training:
                 self._validate(params)
             if self._plan.sampler and (ended or (self._done == last and _due(config.sample_every, last))):
                 self._sample(self._plan.sampler, params)
-            stopped_by = None if self._done == config.steps else self._stop.signal_name
+            stopped_by = None if self._done == config.steps else self._stopped_by
             if stopped_by or self._done == config.steps or _due(config.checkpoint_every, self._done):
                 self._save(state)
             if stopped_by:
@@ -205,10 +254,10 @@ class _Training:
         previous_end_s = start_s
         try:
             for step in range(first, last + 1):
-                if self._stop.signal_name is not None:
+                if self._stopped_by is not None:
                     break
                 self._trace.before(step, state)
-                state, metrics = self._programs.train_step(state, next(self._plan.batches))
+                state, metrics = self._programs.train_step(state, next(self._plan.batches), *self._own_signal())
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
                 if len(in_flight) > 1:
@@ -223,9 +272,23 @@ class _Training:
                 self._write_stretch(first, start_s, previous_end_s)
         return state
 
+    @property
+    def _stopped_by(self) -> str | None:
+        """The name of the signal to stop at; of several processes, one that all of them know of since the same step."""
+        if self._processes.count == 1:
+            return self._stop.signal_name
+        return signal.Signals(self._agreed_signal).name if self._agreed_signal else None
+
+    def _own_signal(self) -> tuple[int, ...]:
+        if self._processes.count == 1:
+            return ()
+        return (0 if self._stop.signal_name is None else int(signal.Signals[self._stop.signal_name]),)
+
     def _complete(self, step: int, metrics: StepMetrics, start_s: float) -> float:
         end_s = self._watcher.wait(step)
-        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+        read = jax.device_get(metrics)
+        self._agreed_signal = self._agreed_signal or int(read.stop or 0)
+        values = {name: float(value) for name, value in read._asdict().items() if name != "stop"}
         self._completed.append(_Completed(step, start_s, end_s, values))
         self._done = step
         self._trace.after(step)
@@ -256,10 +319,17 @@ class _Training:
             self._monitor.wait_ready(self._completed[-1].end_s, _TICK_TIMEOUT_S)
         while self._completed and (wait or self._monitor.ready(self._completed[0].end_s)):
             done = self._completed[0]
+            window = self._monitor.window(done.start_s, done.end_s)
+            total = add_up(self._processes, f"step {done.step}", window, timeout_s=_TELLING_TIMEOUT_S if wait else None)
+            if total is None:
+                break
+            if not self._processes.is_first:
+                self._completed.popleft()
+                continue
             record = step_record(
                 done.step,
                 done.metrics,
-                self._monitor.window(done.start_s, done.end_s),
+                total,
                 clock_zero_s=self._monitor.start_s,
                 tokens=self._config.tokens_per_step,
                 flops_per_token=self._flops_per_token,
@@ -275,6 +345,7 @@ class _Training:
         monitor = self._monitor
         samples = monitor.samples(max(start_s, self._steady_from_s), end_s)
         window = monitor.window(start_s, end_s)
+        window = add_up(self._processes, f"stretch {first}", window, timeout_s=_TELLING_TIMEOUT_S) or window
         stretch = stretch_record(first, self._done, window, samples, clock_zero_s=monitor.start_s)
         self._stretches.append(stretch)
         self._append("stretches.jsonl", dataclasses.asdict(stretch))
@@ -282,7 +353,8 @@ class _Training:
 
     def _validate(self, params: qwen2.Params) -> None:
         step, batch_size = self._done, self._programs.memory_plan.micro_batch_size
-        batches = data.validation_batches(self._plan.split.validation, batch_size, self._config.val_batches)
+        rows = self._plan.devices.rows(batch_size)
+        batches = data.validation_batches(self._plan.split.validation, batch_size, self._config.val_batches, rows)
         sums = [self._programs.eval_step(params, batch) for batch in batches]
         loss, tokens = (float(sum(part)) for part in zip(*jax.device_get(sums), strict=True))
         self._validated = step, loss / tokens
@@ -314,10 +386,13 @@ class _Training:
 
     def _open_checkpoints(self) -> contextlib.AbstractContextManager[Checkpoints | None]:
         keep = self._config.keep_checkpoints
-        return Checkpoints(self._run.path, keep=keep, say=self._progress.say) if keep else contextlib.nullcontext()
+        if not keep:
+            return contextlib.nullcontext()
+        return Checkpoints(self._run.path, keep=keep, say=self._progress.say, processes=self._processes)
 
     def _open_trace(self) -> StepTrace:
-        steps = None if self._config.profile_steps is None else parse_steps(self._config.profile_steps)
+        wanted = self._config.profile_steps if self._processes.is_first else None
+        steps = None if wanted is None else parse_steps(wanted)
         return StepTrace(steps, self._run.path / "profile", self._progress.say, self._programs.train_step_text)
 
     def _save(self, state: TrainState) -> None:
@@ -334,6 +409,7 @@ class _Training:
             "jaxchunk": jaxchunk.__version__,
             "config": dataclasses.asdict(self._config),
             "model": hf.to_hf_config(self._plan.model.config, "float32"),
+            "mesh": self._plan.devices.shards._asdict(),
             "micro_batch_size": self._programs.memory_plan.micro_batch_size,
             "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
             "batches": self._plan.batches.get_state(),

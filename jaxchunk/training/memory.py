@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,30 +12,41 @@ from jaxchunk.device_memory import ProgramMemory, compile_if_it_fits, usable
 from jaxchunk.errors import InputError
 from jaxchunk.models import qwen2
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.mesh import Shards
 from jaxchunk.training.model import Model
 
 _logger = logging.getLogger("jaxchunk")
+_ONE = Shards()
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What the compiled step needs and what there is; `limit_bytes` is None where the device has no limit."""
+    """What the compiled step needs on a device and what there is; `limit_bytes` is None where there is no limit.
+
+    `micro_batch_size` is that of all devices together.
+    """
 
     micro_batch_size: int
     memory: ProgramMemory
     limit_bytes: int | None
+    devices: int = 1
 
     def describe(self) -> str:
         """One line for people."""
         limit = "" if self.limit_bytes is None else f" of {self.limit_bytes / 1e9:.1f}"
+        where = "" if self.devices == 1 else " on each device"
         return (
-            f"{self.memory.total_bytes / 1e9:.2f}{limit} GB (state {self.memory.operand_bytes / 1e9:.2f}, temporaries "
-            f"{self.memory.temporary_bytes / 1e9:.2f}) with micro-batches of {self.micro_batch_size}"
+            f"{self.memory.total_bytes / 1e9:.2f}{limit} GB{where} (state {self.memory.operand_bytes / 1e9:.2f}, "
+            f"temporaries {self.memory.temporary_bytes / 1e9:.2f}) with micro-batches of {self.micro_batch_size}"
         )
 
 
 def compile_within_memory(
-    config: TrainConfig, model: Model, compile_step: Callable[[int], jax.stages.Compiled], limit_bytes: int | None
+    config: TrainConfig,
+    model: Model,
+    compile_step: Callable[[int], jax.stages.Compiled],
+    limit_bytes: int | None,
+    shards: Shards = _ONE,
 ) -> tuple[jax.stages.Compiled, MemoryPlan]:
     """Compiles the step with the largest micro-batch that fits.
 
@@ -42,42 +54,45 @@ def compile_within_memory(
       config: the run; a `micro_batch_size` in it is taken as it is.
       model: what is trained.
       compile_step: compiles the step for a micro-batch size.
-      limit_bytes: what the device's allocator will hand out; None for no limit.
+      limit_bytes: what a device's allocator will hand out; None for no limit.
+      shards: over how many devices the step runs.
 
     Raises:
       InputError: not even the smallest candidate fits.
     """
-    candidates = [m for m in range(config.batch_size, 0, -1) if config.batch_size % m == 0]
+    candidates = [m for m in range(config.batch_size, 0, -shards.of_a_batch) if config.batch_size % m == 0]
     if config.micro_batch_size is not None:
         candidates = [config.micro_batch_size]
     elif limit_bytes is not None:
-        fitting = [m for m in candidates if estimate_bytes(config, model.config, m) < usable(limit_bytes)]
+        fitting = [m for m in candidates if estimate_bytes(config, model.config, m, shards) < usable(limit_bytes)]
         candidates = fitting or candidates[-1:]
     obstacle = ""
     for micro_batch_size in candidates:
         compiled = compile_if_it_fits(functools.partial(compile_step, micro_batch_size), limit_bytes)
         if not isinstance(compiled, str):
             program, memory = compiled
-            return program, MemoryPlan(micro_batch_size, memory, limit_bytes)
+            return program, MemoryPlan(micro_batch_size, memory, limit_bytes, math.prod(shards))
         obstacle = f"micro-batches of {micro_batch_size} do not fit: {compiled}"
         _logger.info(obstacle)
     raise InputError(
         f"{model.flag} with --seq_len {config.seq_len} --lmhead_chunks {config.lmhead_chunks}: {obstacle}; "
-        "use a smaller --micro_batch_size, more --lmhead_chunks, or --remat full"
+        "use a smaller --micro_batch_size, more --lmhead_chunks, --remat full, or more devices along --mesh_fsdp"
     )
 
 
-def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_size: int) -> int:
-    """A first guess of the step's peak; deliberately simple, since the compiled program has the last word."""
+def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_size: int, shards: Shards = _ONE) -> int:
+    """A first guess of the step's peak on a device; deliberately simple: the compiled program has the last word."""
     size = 2 if config.compute_dtype == "bfloat16" else 4
-    tokens = micro_batch_size * config.seq_len
-    D, F, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, model.num_hidden_layers
+    tokens = micro_batch_size // shards.of_a_batch * config.seq_len
+    D, F, L = model.hidden_size, model.intermediate_size // shards.model, model.num_hidden_layers
+    V = model.vocab_size // shards.model
     saved_per_layer = {"none": 3 * F + 6 * D, "dots": 2 * F + 5 * D, "full": D}[config.remat]
     working_set = 3 * F + 10 * D
-    parameters = qwen2.num_params(model)
+    parameters = qwen2.num_params(model) // (shards.fsdp * shards.model)
     gradient_sets = 1 if micro_batch_size == config.batch_size else 2
     state = 12 * parameters + 4 * gradient_sets * parameters + size * parameters
     if config.adapters is not None:  # the base alone; adapters are small
         state = size * parameters
+    gathered = 2 * 4 * V * D if shards.fsdp > 1 else 0  # the LM head and its gradient; blocks come one after the other
     logits = -(-tokens // config.lmhead_chunks) * V * size
-    return state + tokens * size * (L * saved_per_layer + working_set) + logits
+    return state + gathered + tokens * size * (L * saved_per_layer + working_set) + logits

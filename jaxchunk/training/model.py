@@ -1,10 +1,12 @@
 """What a run trains: an architecture and where its first parameters come from, a seed or a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jaxtyping import PRNGKeyArray
 
 from jaxchunk.data import load_tokenizer
@@ -20,13 +22,17 @@ class Model(NamedTuple):
     config: qwen2.Qwen2Config
     checkpoint: Path | None
 
-    def start(self, seed: int) -> tuple[PRNGKeyArray, qwen2.Params | None]:
+    def start(self, seed: int, place: Callable[..., Array] | None = None) -> tuple[PRNGKeyArray, qwen2.Params | None]:
         """What `Programs.init` makes the first state from: the seed's key, and the checkpoint's parameters in float32.
+
+        Args:
+          seed: of random parameters.
+          place: where those of a checkpoint go, as `hf.load` takes it.
 
         Raises:
           InputError: the checkpoint's weights cannot be used.
         """
-        params = None if self.checkpoint is None else hf.load(self.checkpoint, jnp.float32)[1]
+        params = None if self.checkpoint is None else hf.load(self.checkpoint, jnp.float32, place)[1]
         return jax.random.key(seed), params
 
 

@@ -16,6 +16,7 @@ from jaxchunk.models.attention import choose_attention
 from jaxchunk.training import resume
 from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.mesh import Devices, check_model_fits
 from jaxchunk.training.model import Model, choose_model, choose_tokenizer
 from jaxchunk.training.programs import Programs, compile_programs
 from jaxchunk.training.samples import Sampler, make_sampler
@@ -29,6 +30,7 @@ class Plan:
 
     Attributes:
       config: what was asked for.
+      devices: what it runs on.
       model: what is trained.
       dataset: the tokens and where they come from.
       split: training and held-out windows.
@@ -41,6 +43,7 @@ class Plan:
     """
 
     config: TrainConfig
+    devices: Devices
     model: Model
     dataset: data.Dataset
     split: data.Split
@@ -53,8 +56,9 @@ class Plan:
 
     @property
     def lm_head_rows(self) -> tuple[int, int]:
-        """Tokens in a chunk of the LM head, and chunks in a micro-batch."""
-        tokens = self.programs.memory_plan.micro_batch_size * self.config.seq_len
+        """Tokens in a chunk of the LM head, and chunks in a micro-batch, on each device."""
+        sequences = self.programs.memory_plan.micro_batch_size // self.devices.shards.of_a_batch
+        tokens = sequences * self.config.seq_len
         return (
             (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, self.config.lmhead_chunks)
         )
@@ -71,6 +75,7 @@ class Plan:
             "lmhead_chunk_tokens": chunk_rows,
             "attention": self.execution.attention,
             "attention_reason": self.attention_reason,
+            "mesh": self.devices.shards._asdict(),
             "micro_batch_size": self.programs.memory_plan.micro_batch_size,
             "compiled_memory_bytes": self.programs.memory_plan.memory.total_bytes,
         }
@@ -98,18 +103,19 @@ def _packing(rows: data.TokenWindows | data.PackedRows) -> dict[str, Any] | None
     return {"examples": rows.num_examples, "rows": len(rows), "efficiency": rows.efficiency}
 
 
-def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | None = None) -> Plan:
+def prepare(config: TrainConfig, devices: Devices, about: dict[str, Any] | None = None) -> Plan:
     """Loads the data and compiles the programs; nothing is written but caches.
 
     Args:
       config: the run.
-      device: where it runs.
+      devices: where it runs.
       about: what is known of the checkpoint to go on from; None at the beginning of a run.
 
     Raises:
       InputError: the model or the data cannot be used, a named implementation cannot run, or the model does not fit.
     """
     model = choose_model(config, None if about is None else architecture(about))
+    check_model_fits(devices, model.config, model.flag)
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     tokenizer = choose_tokenizer(config, model)
     dataset = data.load_dataset(config.data, tokenizer, model.config.vocab_size, cache_dir, seed=config.seed)
@@ -125,16 +131,21 @@ def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | Non
         resume.check_data(config, about, dataset)
     split = data.split(dataset, config.seq_len, config.val_fraction, held_out=held_out)
     try:
-        head = Head(model.config.hidden_size, model.config.vocab_size)
+        head = Head(model.config.hidden_size, model.config.vocab_size // devices.shards.model)
         lm_head = choose_implementation(config.lmhead_impl, compute_dtype=config.compute_dtype, head=head)
+        if devices.mesh is not None and lm_head.implementation == "reference":
+            raise ValueError("--lmhead_impl reference runs on one device only: leave it out, or give --mesh_data 1")
         attention, reason = choose_attention(
             model.config, config.seq_len, config.compute_dtype, config.attention, packed=data.is_examples(config.data)
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    execution = qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers)
+    dtype, sharded = jax.numpy.dtype(config.compute_dtype), devices.mesh is not None
+    execution = qwen2.Execution(dtype, attention, config.remat, config.scan_layers, sharded)
     sampler = make_sampler(config, model.config, execution, dataset, split)
     _logger.info("compiling %s ...", config.model_name)
-    programs = compile_programs(config, model, execution, device_memory.limit_bytes(device))
-    batches = data.train_batches(split.train, config.batch_size, config.seed)
-    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs, sampler)
+    limit_bytes = device_memory.limit_bytes(devices.local[0])
+    programs = compile_programs(config, model, execution, limit_bytes, devices)
+    rows = devices.rows(config.batch_size)
+    batches = data.train_batches(split.train, config.batch_size, config.seed, rows)
+    return Plan(config, devices, model, dataset, split, batches, lm_head, execution, reason, programs, sampler)

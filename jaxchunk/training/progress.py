@@ -9,18 +9,21 @@ from jaxchunk.training.records import StepRecord
 
 
 class Progress:
-    """Prints records as they come."""
+    """Prints records as they come; nothing at all where it is `silent`."""
 
-    def __init__(self, total_steps: int, done_steps: int):
+    def __init__(self, total_steps: int, done_steps: int, *, silent: bool = False):
         self._total_steps = total_steps
+        self._silent = silent
         self._bar = (
             tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, file=sys.stdout)
-            if sys.stdout.isatty()
+            if sys.stdout.isatty() and not silent
             else None
         )
 
     def step(self, record: StepRecord) -> None:
         """A step is complete."""
+        if self._silent:
+            return
         if self._bar is None:
             print(record.line(self._total_steps), flush=True)
         else:
@@ -29,6 +32,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        if self._silent:
+            return
         if self._bar is None:
             print(text, flush=True)
         else:

@@ -18,7 +18,9 @@ class StepRecord:
     """One line of `steps.jsonl`. None is "not known", never zero; `energy_null_reason` says why.
 
     `time_s` is the completion of the step on the run's clock (0 where telemetry starts). Joules and watts are the GPU's
-    own, as NVML reports them, not the wall's. `throttle` holds seconds by clock-event reason.
+    own, as NVML reports them, not the wall's. `throttle` holds seconds by clock-event reason. Where there are several
+    GPUs, joules, watts and throttle seconds are sums over those of all processes, the clock is the mean and the
+    temperature the highest; `devices` has each of them, by its place in the mesh.
     """
 
     step: int
@@ -38,6 +40,7 @@ class StepRecord:
     sm_clock_mhz: float | None
     temperature_c: float | None
     throttle: dict[str, float] | None
+    devices: dict[str, dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -96,6 +99,7 @@ def step_record(
         sm_clock_mhz=window.sm_clock_mhz,
         temperature_c=window.temperature_c,
         throttle=window.throttle,
+        devices=_each_device(window),
         **metrics,
     )
 
@@ -103,6 +107,14 @@ def step_record(
 def perplexity(loss: float) -> float:
     """That of a mean loss in nats: e to the loss. Infinite where no float holds it."""
     return math.inf if loss > 700 else math.exp(loss)
+
+
+def _each_device(window: Window) -> dict[str, dict[str, Any]] | None:
+    """What is known of each of several devices."""
+    names = ("energy_j", "energy_bound_j", "energy_null_reason", "power_w", "sm_clock_mhz", "temperature_c", "throttle")
+    return {
+        str(place): {name: getattr(part, name) for name in names} for place, part in enumerate(window.parts)
+    } or None
 
 
 class Spread(NamedTuple):
@@ -119,6 +131,8 @@ class Stretch:
 
     All stretches of a run cover its steps and nothing but steps. They are long, so their energy is known more closely
     than the steps'. Times are of the run's clock; `power_w` and `sm_clock_mhz` leave the first steps of a process out.
+    Of several GPUs there is no `power_w`, samples being taken of each at times of its own, and `sm_clock_mhz` is the
+    first one's; `devices` is as in `StepRecord`.
     """
 
     first_step: int
@@ -135,6 +149,7 @@ class Stretch:
     rails_j: dict[str, float] | None
     power_w: Spread | None
     sm_clock_mhz: Spread | None
+    devices: dict[str, dict[str, Any]] | None = None
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Self:
@@ -160,8 +175,9 @@ def stretch_record(
         throttle=window.throttle,
         slow_without_reason_s=window.slow_without_reason_s,
         rails_j=window.rails_j,
-        power_w=_spread(samples.power_w),
+        power_w=None if window.parts else _spread(samples.power_w),
         sm_clock_mhz=_spread(samples.sm_clock_mhz),
+        devices=_each_device(window),
     )
 
 

@@ -14,6 +14,8 @@ from jaxchunk.run_dir import RunDirectory
 from jaxchunk.training import checkpoint
 from jaxchunk.training.checkpoint import Checkpoint, Unreadable
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.mesh import Shards
+from jaxchunk.training.processes import Processes
 from jaxchunk.training.records import StepRecord, Stretch
 from jaxchunk.training.step import TrainState
 
@@ -25,6 +27,8 @@ _FREE = (
     *("out_dir", "overwrite", "resume", "allow_changed_data", "cache_dir", "record_telemetry", "log", "profile_steps"),
     *("checkpoint_every", "keep_checkpoints", "val_every", "max_bad_steps", "compilation_cache"),
     *("sample_every", "sample_prompts", "sample_tokens"),
+    *("distributed", "coordinator", "num_processes", "process_id"),
+    *("mesh_data", "mesh_fsdp", "mesh_model"),  # what they come to is compared
 )
 # Flags under which the same is computed in another order.
 _ROUNDING = ("micro_batch_size", "lmhead_chunks", "lmhead_impl", "attention", "remat", "scan_layers", "deterministic")
@@ -66,18 +70,35 @@ def find(config: TrainConfig) -> dict[str, Any] | None:
     return _newest(path, steps, lambda step: checkpoint.read_about(path, step))
 
 
-def restore(path: Path, like: TrainState) -> Checkpoint:
-    """The newest checkpoint that can be read; those that cannot are named.
+def restore(path: Path, like: TrainState, processes: Processes) -> Checkpoint:
+    """The newest checkpoint that all processes can read; those that cannot be read are named.
 
     Raises:
       InputError: there is none.
     """
-    steps = checkpoint.saved_steps(path)
-    return _newest(path, steps, lambda step: checkpoint.restore(path, step, like))
+    steps = processes.first_does("saved steps", lambda: checkpoint.saved_steps(path))
+
+    def read(step: int) -> Checkpoint:
+        restored, damage = None, None
+        try:
+            restored = checkpoint.restore(path, step, like)
+        except Unreadable as error:
+            damage = str(error)
+        damages = [words for words in processes.exchange(f"restored {step}", damage) if words is not None]
+        if restored is None or damages:
+            raise Unreadable(damages[0])
+        return restored
+
+    return _newest(path, steps, read)
 
 
-def take_up(run: RunDirectory, restored: Checkpoint) -> History:
-    """Brings the records to where the checkpoint is: what was recorded of later steps will be recorded again."""
+def take_up(run: RunDirectory, restored: Checkpoint, processes: Processes) -> History:
+    """Brings the records to where the checkpoint is: what was recorded of later steps will be recorded again.
+
+    The records are process 0's; others know of the checkpoint only.
+    """
+    if not processes.is_first:
+        return History(restored)
     for step in checkpoint.saved_steps(run.path):
         if step > restored.step:
             _logger.warning("the checkpoint of step %d is kept as %s", step, checkpoint.set_aside(run.path, step))
@@ -99,19 +120,26 @@ def _last_validation(records: list[dict[str, Any]]) -> tuple[int, float]:
     return records[-1]["step"], math.nan if loss is None else loss
 
 
-def same_run(config: TrainConfig, about: dict[str, Any]) -> TrainConfig:
+def same_run(config: TrainConfig, about: dict[str, Any], shards: Shards) -> TrainConfig:
     """The config to go on with; what was left open stays as it was chosen when the run began.
+
+    The mesh may be another one; then the micro-batch is chosen anew, for another one may fit.
 
     Args:
       config: the flags now.
       about: of the checkpoint.
+      shards: of the mesh now.
 
     Raises:
       InputError: a flag would change what is learned.
     """
     free = (*_FREE, *_BY_CONTENT, *(() if config.hf_model is None else ("model",)))  # which it takes the place of
     before = about["config"] | {"micro_batch_size": about["micro_batch_size"]}
-    if config.micro_batch_size is None:
+    if mesh_of(about) != shards:
+        _logger.info("the mesh is %s, was %s: the same is computed, but not to the bit", shards, mesh_of(about))
+        if config.micro_batch_size is None:
+            del before["micro_batch_size"]
+    elif config.micro_batch_size is None:
         config = dataclasses.replace(config, micro_batch_size=before["micro_batch_size"])
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = {name: (before[name], now[name]) for name in now if name in before and now[name] != before[name]}
@@ -128,6 +156,11 @@ def same_run(config: TrainConfig, about: dict[str, Any]) -> TrainConfig:
                 f"{'leave it out' if old is None else f'give {old}'}, or begin a new run in another --out_dir"
             )
     return config
+
+
+def mesh_of(about: dict[str, Any]) -> Shards:
+    """The mesh that a checkpoint was saved on; before there was a choice, one device."""
+    return Shards(**about.get("mesh", {}))
 
 
 def check_data(config: TrainConfig, about: dict[str, Any], dataset: data.Dataset) -> None:

@@ -31,10 +31,13 @@ def config(tmp_path, monkeypatch, programs):
     monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(300, 32, 1, 4, 2, 48, tie_word_embeddings=True))
     compile_programs = plan.compile_programs
 
-    def compile_once(config, model, execution, limit_bytes):
-        key = dataclasses.replace(config, **UNCOMPILED), is_examples(config.data), model, execution, limit_bytes
+    def compile_once(config, model, execution, limit_bytes, devices):
+        key = (
+            *(dataclasses.replace(config, **UNCOMPILED), is_examples(config.data)),
+            *(model, execution, limit_bytes, devices),
+        )
         if key not in programs:
-            programs[key] = compile_programs(config, model, execution, limit_bytes)
+            programs[key] = compile_programs(config, model, execution, limit_bytes, devices)
         return programs[key]
 
     monkeypatch.setattr(plan, "compile_programs", compile_once)
@@ -42,5 +45,5 @@ def config(tmp_path, monkeypatch, programs):
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     return TrainConfig(
         data=str(text), cache_dir=str(tmp_path / "cache"), seq_len=16, batch_size=4, micro_batch_size=4, steps=12,
-        val_every=5, val_batches=2, out_dir=str(tmp_path / "run"),
+        val_every=5, val_batches=2, out_dir=str(tmp_path / "run"), mesh_data=1,
     )  # fmt: skip

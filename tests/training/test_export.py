@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     data.train_or_load_tokenizer(data.read_corpus(path / "text.txt"), 300, path).save(str(path / "bpe.json"))
     config = TrainConfig(
         hf_model=str(path / "llama"), tokenizer=str(path / "bpe.json"), data=str(path / "text.txt"), seq_len=16,
-        batch_size=4, steps=2, val_batches=1, cache_dir=str(path / "cache"), out_dir=str(path / "run"),
+        batch_size=4, steps=2, val_batches=1, mesh_data=1, cache_dir=str(path / "cache"), out_dir=str(path / "run"),
     )  # fmt: skip
     loop.train(config)
     return path / "run"

@@ -45,7 +45,7 @@ def config(tmp_path, checkpoint):
     (tmp_path / "text.txt").write_text(TEXT)
     return TrainConfig(
         hf_model=str(checkpoint), data=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"), seq_len=16,
-        batch_size=4, steps=2, val_batches=1, out_dir=str(tmp_path / "run"),
+        batch_size=4, steps=2, val_batches=1, mesh_data=1, out_dir=str(tmp_path / "run"),
     )  # fmt: skip
 
 

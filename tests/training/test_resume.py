@@ -20,6 +20,7 @@ from jaxchunk.telemetry import Monitor, SimulatedDevice
 from jaxchunk.telemetry.simulation.simulated import Constant
 from jaxchunk.training import checkpoint, loop, resume
 from jaxchunk.training.checkpoint import Checkpoints, load_params, saved_steps
+from jaxchunk.training.mesh import Shards
 from jaxchunk.training.programs import compiler_options
 
 # Where Orbax meets an error, coroutines stay that it never awaits: they are not ours to close.
@@ -168,7 +169,7 @@ def test_what_changes_nothing_or_only_rounding_may_be_changed(config, stored, ca
     assert saved_steps(Path(config.out_dir)) == [12]
     about = checkpoint.read_about(Path(config.out_dir), 12)
     other = dataclasses.replace(config, micro_batch_size=2, remat="full")
-    assert resume.same_run(other, about) == other
+    assert resume.same_run(other, about, Shards()) == other
     assert "--micro_batch_size is 2, was 4: the same is computed, but not to the bit" in caplog.text
 
 

@@ -128,8 +128,9 @@ class Named:
     ],
 )
 def test_peak_flops_are_known_or_null(kind, expected):
-    assert peak_flops(Named(kind), "bfloat16") == expected
-    assert peak_flops(Named(kind), "float32") is None
+    assert peak_flops([Named(kind)], "bfloat16") == expected
+    assert peak_flops([Named(kind)] * 2, "bfloat16") == (None if expected is None else 2 * expected)
+    assert peak_flops([Named(kind)], "float32") is None
 
 
 def test_a_step_that_is_not_finite_changes_no_parameter_and_no_moment():

@@ -17,23 +17,26 @@ from jaxchunk.errors import InputError
 from jaxchunk.models.hf.config import load_config, to_hf_config
 from jaxchunk.models.hf.hub import locate
 from jaxchunk.models.hf.tokenizer import check_tokenizer, tokenizer_path, write_tokenizer
-from jaxchunk.models.hf.weights import check_params, read_params, write_params
+from jaxchunk.models.hf.weights import Place, check_params, read_params, write_params
 from jaxchunk.models.qwen2 import Params, Qwen2Config
 
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes in a safetensors file at most, where nothing else is said; as in transformers 4."""
 
 
-def load(directory_or_id: str | Path, dtype: DTypeLike | None = None) -> tuple[Qwen2Config, Params]:
+def load(
+    directory_or_id: str | Path, dtype: DTypeLike | None = None, place: Place | None = None
+) -> tuple[Qwen2Config, Params]:
     """Loads a checkpoint of Qwen2, Qwen2.5 or Llama 3.
 
     Args:
       directory_or_id: a directory with `config.json` and `model.safetensors` (or its parts and their index), or the id
         of a model on the Hub; see `locate`.
       dtype: dtype of the parameters; None for that of the checkpoint.
+      place: makes an array of a parameter's path and its values; None to put all on JAX's default device.
 
     Returns:
-      The architecture and the parameters, as from `qwen2.init`, on JAX's default device.
+      The architecture and the parameters, as from `qwen2.init`.
 
     Raises:
       InputError: something is missing, damaged, not finite, or not known here. The message says what.
@@ -43,7 +46,7 @@ def load(directory_or_id: str | Path, dtype: DTypeLike | None = None) -> tuple[Q
     tokenizer = tokenizer_path(directory)
     if tokenizer is not None:
         check_tokenizer(config, tokenizer)
-    return config, read_params(config, directory, dtype)
+    return config, read_params(config, directory, dtype, place)
 
 
 def save(

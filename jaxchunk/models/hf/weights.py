@@ -1,8 +1,8 @@
 """Parameters to tensors of Hugging Face and back: the names, the transposes, and what is checked on the way."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ NAMES = {
     "final_norm": "model.norm.weight",
     "lm_head": "lm_head.weight",
 }
+
+Place: TypeAlias = Callable[[tuple[Any, ...], np.ndarray], jax.Array]
+"""Makes an array of a parameter's path in `Params` and its values."""
 
 _DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
 
@@ -63,13 +66,14 @@ def tensors_of(config: Qwen2Config) -> Iterator[Tensor]:
             yield Tensor(NAMES[parameter], parameter, None, shapes[parameter].shape)
 
 
-def read_params(config: Qwen2Config, directory: Path, dtype: DTypeLike | None) -> Params:
+def read_params(config: Qwen2Config, directory: Path, dtype: DTypeLike | None, place: Place | None = None) -> Params:
     """Reads the parameters; beside what is on the device, one of them at a time is in memory.
 
     Args:
       config: the checkpoint's architecture.
       directory: where its safetensors files are.
       dtype: what to convert to; None for that of the checkpoint.
+      place: where to; None for JAX's default device.
 
     Raises:
       InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
@@ -88,7 +92,7 @@ def read_params(config: Qwen2Config, directory: Path, dtype: DTypeLike | None) -
         for tensor in parts[_name(path)]:
             part = _cast(shards.read(tensor.name), dtype, tensor.name, str(shards.tensors[tensor.name].path))
             values[... if tensor.layer is None else tensor.layer] = part.T if tensor.transposed else part
-        return jnp.asarray(values)
+        return jnp.asarray(values) if place is None else place(path, values)
 
     return jax.tree.map_with_path(leaf, param_shapes(config))
 
