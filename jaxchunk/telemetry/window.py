@@ -119,8 +119,10 @@ def summed(parts: Sequence[Window]) -> Window:
 
 
 def _joined(by_device: list[str], reasons: list[str | None]) -> str | None:
-    """Each device's reason, or the one that all of them have."""
-    return reasons[0] if len(set(reasons)) == 1 else "; ".join(by_device)
+    """Each device's reason, or once the one that all of them have."""
+    if len(set(reasons)) > 1:
+        return "; ".join(by_device)
+    return None if reasons[0] is None else f"all devices: {reasons[0]}"
 
 
 def _worst_source(parts: Sequence[Window]) -> EnergySource | None:

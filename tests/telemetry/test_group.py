@@ -65,8 +65,13 @@ def test_what_one_device_does_not_know_is_unknown_and_the_device_named():
 
 
 def test_two_reasons_are_both_told():
+    def without(reason):
+        return Window.unknown(0.0, 1.0, reason)
+
+    reasons = summed([without("no counter"), without("the window is empty")]).energy_null_reason
+    assert reasons == "device 0: no counter; device 1: the window is empty"
     _, _, monitor = rig()
-    assert monitor.window(3.0, 3.0).energy_null_reason == "device 0: the window is empty; device 1: the window is empty"
+    assert monitor.window(3.0, 3.0).energy_null_reason == "all devices: the window is empty"
 
 
 def test_the_sum_has_the_lesser_source():
