@@ -142,10 +142,9 @@ def choose_devices(config: TrainConfig, devices: Sequence[jax.Device]) -> Device
             f"--micro_batch_size is {config.micro_batch_size}, of all devices together; with {data} x {fsdp} devices "
             f"(data x fsdp) it must be a multiple of {data * fsdp}"
         )
-    if config.adapters is not None and count > 1:
-        raise InputError(
-            f"--lora_rank {config.lora_rank} trains on one device; {given} are {count}: give --mesh_data 1"
-        )
+    for name in ("lora_rank", "sample_every"):
+        if count > 1 and (value := getattr(config, name)):
+            raise InputError(f"--{name} is {value}, which needs one device alone; {given} are {count}: --mesh_data 1")
     used = tuple(devices[:count])
     shards = Shards(data, fsdp, model)
     grid = np.array(used, object).reshape(shards)
