@@ -45,7 +45,8 @@ class ControllerProfile:
 
     Where `peak_limit_w` is given, a brake watches power averaged over `peak_averaging_s` all the time: above the
     limit it takes `brake_fraction` off the clock at once, then waits for `brake_holdoff_s` before it looks again. The
-    way back is the controller's: `up_mhz` a period.
+    way back is the controller's: `up_mhz` a period. With `peak_counts_events` it watches an estimate that counts what
+    the units do and does not see operands: zeros look to it as random data do.
 
     The clock under load stays `droop_mhz_per_w` below the maximum for every watt beyond idle, for no reported reason.
     """
@@ -65,6 +66,7 @@ class ControllerProfile:
     peak_averaging_s: float = 0.003
     brake_fraction: float = 0.2
     brake_holdoff_s: float = 0.01
+    peak_counts_events: bool = False
 
 
 @dataclass(frozen=True)
