@@ -13,6 +13,8 @@ from jaxchunk.telemetry.simulation.plant import Phase
 from jaxchunk.training.flops import training_flops_per_token
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+# A product that also moves bytes takes (compute^p + memory^p)^(1/p): 1 is no overlap, infinity perfect overlap.
+OVERLAP_EXPONENT = 3.0
 # Elements that one token moves in a layer's forward pass beside the matrix products, in units of D and of F: norms,
 # residuals, rotary embedding and attention; the gate. The backward pass is taken to move and compute twice as much.
 LAYER_TRAFFIC_D, LAYER_TRAFFIC_F = 16, 3
@@ -69,13 +71,11 @@ class _Work:
         return ELEMENT_BYTES[self.dtype]
 
     def product(self, flops: float, num_bytes: float) -> list[Phase]:
-        """A matrix product: its arithmetic, and the part of its traffic that does not hide behind it.
-
-        Together they take the root of the sum of squares: between perfect overlap (the longer one) and none (the sum).
-        """
+        """A matrix product: its arithmetic, and the part of its traffic that does not hide behind it."""
         compute_s = flops / self.roofline.flops_per_s[self.dtype]
         memory_s = num_bytes / self.roofline.bandwidth_bytes_per_s
-        exposed_s = math.hypot(compute_s, memory_s) - compute_s
+        p = OVERLAP_EXPONENT
+        exposed_s = (compute_s**p + memory_s**p) ** (1 / p) - compute_s
         return self._kernel(Phase("compute", compute_s, self.activity), Phase("memory", exposed_s, self.activity))
 
     def pass_over(self, num_bytes: float) -> list[Phase]:
@@ -88,7 +88,7 @@ class _Work:
 
 
 def microbenchmark(
-    roofline: Roofline, num_chunks: int, *, m: int, k: int, n: int, dtype: str, activity: float = 1.0
+    roofline: Roofline, num_chunks: int, *, m: int, k: int, n: int, dtype: str, sum_dtype: str, activity: float = 1.0
 ) -> list[Phase]:
     """One iteration of the paper's microbenchmark: A [m, k] times B [n, k]^T, softmax, C^T A added to D [n, k].
 
@@ -98,7 +98,8 @@ def microbenchmark(
       m: rows.
       k: inner width.
       n: columns.
-      dtype: of A, B and C; the sum D is float32.
+      dtype: of A, B and C.
+      sum_dtype: of D.
       activity: of all phases: 1 for random operands.
 
     Raises:
@@ -107,7 +108,7 @@ def microbenchmark(
     work = _Work(roofline, dtype, activity)
     rows = _rows(m, num_chunks)
     chunk_bytes = rows * n * work.element_bytes
-    sum_bytes = 4 * n * k * (2 if num_chunks > 1 else 1)
+    sum_bytes = 2 * ELEMENT_BYTES[sum_dtype] * n * k
     flops = 2.0 * rows * k * n
     return num_chunks * [
         *work.product(flops, chunk_bytes),
