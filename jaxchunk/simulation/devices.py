@@ -122,15 +122,19 @@ def load(device: str) -> SimulatedGpu:
     return build(tables(device), device)
 
 
-def tables(device: str) -> dict[str, Any]:
-    """The tables of a device, complete with those of its base and with fitted values, as plain values.
+def tables(device: str, *, fitted: bool = True) -> dict[str, Any]:
+    """The tables of a device, complete with those of its base, as plain values.
+
+    Args:
+      device: as for `load`.
+      fitted: with the fitted values of a built-in device, not those that the fit starts from.
 
     Raises:
       InputError: as `load`, as far as files are concerned.
     """
     if device.lower() in BUILT_IN:
         own = tomllib.loads(_data(f"{device.lower()}.toml"))
-        for name, value in json.loads(_data("fitted.json")).get(device.lower(), {}).get("values", {}).items():
+        for name, value in fit_of(device)["values"].items() if fitted else ():
             set_value(own, name, value)
         return own
     own = _read(Path(device))
@@ -140,6 +144,11 @@ def tables(device: str) -> dict[str, Any]:
     if not isinstance(base, str) or base.lower() not in BUILT_IN:
         raise InputError(f"{device}: base is {base!r}; it must be one of {', '.join(BUILT_IN)}")
     return _merged(tables(base), own)
+
+
+def fit_of(device: str) -> dict[str, Any]:
+    """What the calibration of a built-in device found: values, objective, numbers of points and evaluations."""
+    return dict(json.loads(_data("fitted.json"))[device.lower()])
 
 
 def build(of: Mapping[str, Any], source: str) -> SimulatedGpu:
