@@ -1,4 +1,4 @@
-"""What chunking does on simulated GPUs: schedules of work, calibrated devices, experiments. Nothing here is a measurement.
+"""What chunking does on simulated GPUs: schedules, calibrated devices, experiments. Nothing here is a measurement.
 
 `devices` reads a device (a profile of the plant in `telemetry.simulation` with a roofline), `schedules` makes the
 phases of a workload from the roofline, `experiment` runs them at chunk counts, `calibrate` fits the few parameters

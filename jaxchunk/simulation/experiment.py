@@ -3,7 +3,8 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -79,13 +80,13 @@ def run_case(gpu: SimulatedGpu, case: Case, *, seed: int, measured_s: float) -> 
         temperature_c=float(trace.temperature_c.mean()),
         wall_power_w=wall_w,
         wall_energy_j=None if wall_w is None else wall_w * length_s / iterations,
-        **shares,
+        sw_power_cap=shares["sw_power_cap"],
+        sw_thermal=shares["sw_thermal"],
+        hw_power_brake=shares["hw_power_brake"],
     )
 
 
-def run_phases(
-    gpu: SimulatedGpu, phases: Sequence[Phase], *, seed: int, measured_s: float
-) -> tuple[Plant, Trace]:
+def run_phases(gpu: SimulatedGpu, phases: Sequence[Phase], *, seed: int, measured_s: float) -> tuple[Plant, Trace]:
     """Repeats an iteration on a warm device; the trace has the iterations of the measured time only."""
     profile = gpu.profile
     warm_w = profile.idle_w + 0.8 * profile.compute.dynamic_w
@@ -96,9 +97,7 @@ def run_phases(
     return plant, plant.run(_until(plant, phases, plant.time_s + measured_s))
 
 
-def as_read(
-    gpu: SimulatedGpu, plant: Plant, start_s: float, end_s: float
-) -> tuple[np.ndarray, np.ndarray]:
+def as_read(gpu: SimulatedGpu, plant: Plant, start_s: float, end_s: float) -> tuple[np.ndarray, np.ndarray]:
     """Power (W) and clock (MHz) as NVML would show them at each renewal between two times; arrays of shape [n]."""
     instruments = gpu.profile.instruments
     mean_s = max(instruments.instant_averaging_s, 1e-3)
@@ -133,11 +132,11 @@ def run_cases(
 
 def median_row(rows: Sequence[Row]) -> Row:
     """Field by field the median of rows of one case."""
-    values = {}
+    medians: dict[str, Any] = {}
     for field in fields(Row)[4:]:
         column = [getattr(row, field.name) for row in rows]
-        values[field.name] = None if column[0] is None else statistics.median(column)
-    return Row(*rows[0].case, seed=None, **values)
+        medians[field.name] = None if column[0] is None else statistics.median(column)
+    return replace(rows[0], seed=None, **medians)
 
 
 def gain(rows: Mapping[Case, Row], case: Case, reference: Case) -> float:

@@ -66,12 +66,13 @@ def cases(points: Sequence[Point]) -> list[Case]:
 
 def simulated(point: Point, rows: Mapping[Case, Any]) -> float | None:
     """The point's value in a simulation; None where a case or its quantity is missing."""
-    values = [getattr(rows.get(case), point.quantity, None) for case in (point.case, point.reference) if case]
-    if any(value is None for value in values):
+    value = getattr(rows.get(point.case), point.quantity, None)
+    if value is None or point.reference is None:
+        return value
+    other = getattr(rows.get(point.reference), point.quantity, None)
+    if other is None:
         return None
-    if point.reference is None:
-        return float(values[0])
-    return float(values[0] / values[1] if point.over else values[0] - values[1])
+    return float(value / other if point.over else value - other)
 
 
 def residuals(points: Sequence[Point], rows: Mapping[Case, Any]) -> list[dict[str, Any]]:
