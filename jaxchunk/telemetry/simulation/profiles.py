@@ -2,7 +2,8 @@
 
 Each number has its source beside it. "FACTS" is a measurement or a public report in the project's notes; "derived"
 follows from such numbers and the model; everything marked "assumed" is a plausible guess. Nothing here is fitted to
-a device, and no figure computed from a profile is a measurement.
+a device (the calibrated profiles are in `jaxchunk.simulation.devices`), and no figure computed from a profile is a
+measurement.
 """
 
 import math
