@@ -1,6 +1,7 @@
 """Simulated cases: reproducible, consistent, and with the effects that docs/simulation.md claims."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,6 @@ def test_zeros_are_braked_only_by_a_brake_that_counts_events():
 
 
 def test_a_limit_far_away_leaves_nothing_to_gain():
-    # Sixteen times the rows of one chunk cannot tell; where the limit is 20% higher nothing is braked.
     gpu = quick("gb10")
     far = sweeps.distance(gpu, 4, (0,), 5.0).points[-1]
     assert far.x == 1.2 and far.gain == pytest.approx(1.0, abs=0.02)
@@ -109,6 +109,6 @@ def test_the_fit_is_better_than_where_it_starts(monkeypatch):
     found = calibrate.calibrate("l40s", max_evaluations=12)
     names, wanted = calibrate.FITTED["l40s"], [p for p in points.load("l40s") if p.role == "fitted"]
     tables = devices.tables("l40s", fitted=False)
-    start = [calibrate.math.log(devices.get_value(tables, name)) for name in names]
+    start = [math.log(devices.get_value(tables, name)) for name in names]
     assert found.objective < calibrate.objective(tables, names, start, "l40s", wanted)
     assert found.num_points == len(wanted) and found.values.keys() == set(names)
