@@ -194,6 +194,8 @@ def test_a_run_goes_on_on_another_mesh_and_says_so(config, monkeypatch, capsys):
             {"mesh_fsdp": 8, "hidden_size": 36, "num_attention_heads": 6},
             "--mesh_fsdp is 8; --model tiny has a width of",
         ),
+        ({"lora_rank": 4}, "--lora_rank is 4, which needs one device alone; .* are 8: --mesh_data 1"),
+        ({"sample_every": 10}, "--sample_every is 10, which needs one device alone"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_named(flags, words):

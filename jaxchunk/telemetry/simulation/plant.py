@@ -195,7 +195,7 @@ class Plant:
         self._time_s = 0.0
         self._work: deque[Iterator[Phase]] = deque()
         self._kind: Kind = "idle"
-        self._activity = 0.0
+        self._activity = self._peak_activity = 0.0
         self._remaining_s = 0.0  # of the current phase, at the reference clock
         self._temperature_c = profile.idle_steady_c(ambient_c) if start_temperature_c is None else start_temperature_c
         self._power_w = self._peak_w = profile.idle_power_w(self._temperature_c)
@@ -292,7 +292,9 @@ class Plant:
                 continue
             noise = self.profile.activity_noise
             self._kind, self._remaining_s = phase.kind, phase.seconds_at_reference_clock
-            self._activity = phase.activity * (max(self._random.gauss(1.0, noise), 0.0) if noise else 1.0)
+            deviation = max(self._random.gauss(1.0, noise), 0.0) if noise else 1.0
+            self._activity = phase.activity * deviation
+            self._peak_activity = deviation if self.profile.controller.peak_counts_events else self._activity
         return True
 
     def _integrate(self, until_s: float) -> None:
@@ -306,7 +308,7 @@ class Plant:
             last = working and self._remaining_s <= rate * (end_s - start_s)
             if last:
                 end_s = start_s + self._remaining_s / rate
-            braked = self._steps(end_s, dynamic_w * self._activity)
+            braked = self._steps(end_s, dynamic_w * self._activity, dynamic_w * self._peak_activity)
             if working:
                 finished = last and self._time_s == end_s
                 self._remaining_s = 0.0 if finished else self._remaining_s - rate * (self._time_s - start_s)
@@ -323,8 +325,11 @@ class Plant:
             self._rates[key] = profile.progress_rate(*key), profile.dynamic_power_w(*key)
         return self._rates[key]
 
-    def _steps(self, end_s: float, dynamic_w: float) -> bool:
-        """Integrates at one clock to `end_s`; True where the peak limit was exceeded, and maybe before `end_s`."""
+    def _steps(self, end_s: float, dynamic_w: float, seen_w: float) -> bool:
+        """Integrates at one clock to `end_s`; True where the peak limit was exceeded, and maybe before `end_s`.
+
+        `seen_w` is the dynamic power as the brake sees it.
+        """
         profile, controller, thermal = self.profile, self.profile.controller, self.profile.thermal
         peak_limit_w = math.inf if controller.peak_limit_w is None or self._pinned else controller.peak_limit_w
         start_s, length_s = self._time_s, end_s - self._time_s
@@ -336,6 +341,7 @@ class Plant:
         cooling = step_s / thermal.time_constant_s
         leakage, at_zero_w = profile.leakage_w_per_c, profile.idle_power_w(0.0) + dynamic_w
         ambient_c, resistance = self.ambient_c, thermal.resistance_c_per_w
+        unseen_w = dynamic_w - seen_w
         power_w, peak_w, temperature_c = self._power_w, self._peak_w, self._temperature_c
         energy_j, add_step = self._history.energy.values[-1], self._history.add_step
         time_s, braked = start_s, False
@@ -343,7 +349,7 @@ class Plant:
             power_w += lag * (at_zero_w + leakage * temperature_c - power_w)
             energy_j += power_w * step_s
             temperature_c += cooling * (resistance * power_w - (temperature_c - ambient_c))
-            peak_w += peak_lag * (power_w - peak_w)
+            peak_w += peak_lag * (power_w - unseen_w - peak_w)
             time_s = end_s if i == count else start_s + i * step_s
             add_step(time_s, energy_j, power_w)
             if peak_w > peak_limit_w and time_s >= self._brake_ready_s:

@@ -2,7 +2,8 @@
 
 Each number has its source beside it. "FACTS" is a measurement or a public report in the project's notes; "derived"
 follows from such numbers and the model; everything marked "assumed" is a plausible guess. Nothing here is fitted to
-a device, and no figure computed from a profile is a measurement.
+a device (the calibrated profiles are in `jaxchunk.simulation.devices`), and no figure computed from a profile is a
+measurement.
 """
 
 import math
@@ -45,7 +46,8 @@ class ControllerProfile:
 
     Where `peak_limit_w` is given, a brake watches power averaged over `peak_averaging_s` all the time: above the
     limit it takes `brake_fraction` off the clock at once, then waits for `brake_holdoff_s` before it looks again. The
-    way back is the controller's: `up_mhz` a period.
+    way back is the controller's: `up_mhz` a period. With `peak_counts_events` it watches an estimate that counts what
+    the units do and does not see operands: zeros look to it as random data do.
 
     The clock under load stays `droop_mhz_per_w` below the maximum for every watt beyond idle, for no reported reason.
     """
@@ -65,6 +67,7 @@ class ControllerProfile:
     peak_averaging_s: float = 0.003
     brake_fraction: float = 0.2
     brake_holdoff_s: float = 0.01
+    peak_counts_events: bool = False
 
 
 @dataclass(frozen=True)
