@@ -11,6 +11,7 @@ from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model
 from jaxchunk.training.plan import Plan
+from jaxchunk.tuning import ChunkChoice
 
 
 def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -> str:
@@ -33,6 +34,7 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -
         "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
         "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each micro-batch "
         f"({plan.lm_head.reason})",
+        **({} if plan.chunk_choice is None else {"chunks": _chunk_choice(plan.chunk_choice)}),
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
         "memory": programs.memory_plan.describe(),
@@ -57,6 +59,11 @@ def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
     return (
         "the default on a CPU, which gains nothing from 16 bits" if device.platform == "cpu" else "named by the caller"
     )
+
+
+def _chunk_choice(choice: ChunkChoice) -> str:
+    when = "measured before" if choice.cached else f"measured in {choice.measuring_s:.1f} s"
+    return f"{choice.num_chunks}, {when}: {choice.reason}"
 
 
 def _checkpoints(config: TrainConfig) -> str:

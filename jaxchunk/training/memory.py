@@ -47,14 +47,8 @@ def compile_within_memory(
     Raises:
       InputError: not even the smallest candidate fits.
     """
-    candidates = [m for m in range(config.batch_size, 0, -1) if config.batch_size % m == 0]
-    if config.micro_batch_size is not None:
-        candidates = [config.micro_batch_size]
-    elif limit_bytes is not None:
-        fitting = [m for m in candidates if estimate_bytes(config, model.config, m) < usable(limit_bytes)]
-        candidates = fitting or candidates[-1:]
     obstacle = ""
-    for micro_batch_size in candidates:
+    for micro_batch_size in likely_micro_batch_sizes(config, model.config, limit_bytes):
         compiled = compile_if_it_fits(functools.partial(compile_step, micro_batch_size), limit_bytes)
         if not isinstance(compiled, str):
             program, memory = compiled
@@ -67,6 +61,15 @@ def compile_within_memory(
     )
 
 
+def likely_micro_batch_sizes(config: TrainConfig, model: qwen2.Qwen2Config, limit_bytes: int | None) -> list[int]:
+    """The sizes that may fit, by the estimate, the largest first; never none."""
+    if config.micro_batch_size is not None:
+        return [config.micro_batch_size]
+    sizes = [m for m in range(config.batch_size, 0, -1) if config.batch_size % m == 0]
+    fitting = [m for m in sizes if estimate_bytes(config, model, m) < usable(limit_bytes)]
+    return fitting or sizes[-1:]
+
+
 def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_size: int) -> int:
     """A first guess of the step's peak; deliberately simple, since the compiled program has the last word."""
     size = 2 if config.compute_dtype == "bfloat16" else 4
@@ -77,5 +80,5 @@ def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_si
     parameters = qwen2.num_params(model)
     gradient_sets = 1 if micro_batch_size == config.batch_size else 2
     state = 12 * parameters + 4 * gradient_sets * parameters + size * parameters
-    logits = -(-tokens // config.lmhead_chunks) * V * size
+    logits = -(-tokens // config.num_chunks) * V * size
     return state + tokens * size * (L * saved_per_layer + working_set) + logits

@@ -13,11 +13,12 @@ from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Choice, Head, choose_implementation, split_rows
 from jaxchunk.models import hf, qwen2
 from jaxchunk.models.attention import choose_attention
-from jaxchunk.training import resume
+from jaxchunk.training import chunks, resume
 from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model, choose_model, choose_tokenizer
 from jaxchunk.training.programs import Programs, compile_programs
+from jaxchunk.tuning import ChunkChoice
 
 _logger = logging.getLogger("jaxchunk")
 
@@ -36,6 +37,7 @@ class Plan:
       execution: how the model runs.
       attention_reason: why this attention implementation.
       programs: the compiled functions and the memory plan.
+      chunk_choice: how the chunk count was found, where it was left open.
     """
 
     config: TrainConfig
@@ -47,14 +49,13 @@ class Plan:
     execution: qwen2.Execution
     attention_reason: str
     programs: Programs
+    chunk_choice: ChunkChoice | None = None
 
     @property
     def lm_head_rows(self) -> tuple[int, int]:
         """Tokens in a chunk of the LM head, and chunks in a micro-batch."""
         tokens = self.programs.memory_plan.micro_batch_size * self.config.seq_len
-        return (
-            (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, self.config.lmhead_chunks)
-        )
+        return (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, self.config.num_chunks)
 
     def choices(self) -> dict[str, Any]:
         """What was chosen where the config left it open, for `env.json`."""
@@ -66,6 +67,7 @@ class Plan:
             "lmhead_impl_reason": self.lm_head.reason,
             "lmhead_chunks": chunks,
             "lmhead_chunk_tokens": chunk_rows,
+            "lmhead_chunks_choice": None if self.chunk_choice is None else self.chunk_choice.as_dict(),
             "attention": self.execution.attention,
             "attention_reason": self.attention_reason,
             "micro_batch_size": self.programs.memory_plan.micro_batch_size,
@@ -112,8 +114,11 @@ def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | Non
         attention, reason = choose_attention(model.config, config.seq_len, config.compute_dtype, config.attention)
     except ValueError as error:
         raise InputError(str(error)) from None
+    limit_bytes = device_memory.limit_bytes(device)
+    config, choice = chunks.settle(config, model.config, limit_bytes)
     execution = qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers)
     _logger.info("compiling %s ...", config.model_name)
-    programs = compile_programs(config, model, execution, device_memory.limit_bytes(device))
+    programs = compile_programs(config, model, execution, limit_bytes)
+    chunks.compare_sizes(choice, programs.memory_plan.micro_batch_size, config.seq_len)
     batches = data.train_batches(split.train, config.batch_size, config.seed)
-    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs)
+    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs, choice)

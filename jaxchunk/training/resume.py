@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 _FREE = (
     *("out_dir", "overwrite", "resume", "allow_changed_data", "cache_dir", "record_telemetry", "log", "profile_steps"),
     *("checkpoint_every", "keep_checkpoints", "val_every", "max_bad_steps"),
+    *("chunk_objective", "chunk_candidates", "chunk_memory_gb", "chunk_budget_s", "chunk_time_if_no_energy"),
 )
 # Flags under which the same is computed in another order.
 _ROUNDING = ("micro_batch_size", "lmhead_chunks", "lmhead_impl", "attention", "remat", "scan_layers", "deterministic")
@@ -111,6 +112,8 @@ def same_run(config: TrainConfig, about: dict[str, Any]) -> TrainConfig:
     before = about["config"] | {"micro_batch_size": about["micro_batch_size"]}
     if config.micro_batch_size is None:
         config = dataclasses.replace(config, micro_batch_size=before["micro_batch_size"])
+    if config.lmhead_chunks == "auto" and isinstance(before["lmhead_chunks"], int):
+        config = dataclasses.replace(config, lmhead_chunks=before["lmhead_chunks"])
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = {name: (before[name], now[name]) for name in now if name in before and now[name] != before[name]}
     for name, (old, new) in changed.items():
