@@ -11,7 +11,6 @@ from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model
 from jaxchunk.training.plan import Plan
-from jaxchunk.tuning import ChunkChoice
 
 
 def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -> str:
@@ -34,7 +33,7 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, done_steps: int) -
         "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
         "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each micro-batch "
         f"({plan.lm_head.reason})",
-        **({} if plan.chunk_choice is None else {"chunks": _chunk_choice(plan.chunk_choice)}),
+        **_chunks(plan),
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
         "memory": programs.memory_plan.describe(),
@@ -61,9 +60,15 @@ def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
     )
 
 
-def _chunk_choice(choice: ChunkChoice) -> str:
+def _chunks(plan: Plan) -> dict[str, str]:
+    """How the count was or will be found, where it was left open."""
+    if plan.config.lmhead_chunks == "adaptive":
+        counts = ", ".join(map(str, plan.train_steps))
+        return {"chunks": f"adaptive: {counts}, by {plan.config.chunk_objective}; decisions in chunks.jsonl"}
+    if (choice := plan.chunk_choice) is None:
+        return {}
     when = "measured before" if choice.cached else f"measured in {choice.measuring_s:.1f} s"
-    return f"{choice.num_chunks}, {when}: {choice.reason}"
+    return {"chunks": f"{choice.num_chunks}, {when}: {choice.reason}"}
 
 
 def _checkpoints(config: TrainConfig) -> str:

@@ -38,6 +38,8 @@ class TrainConfig:
     """Most memory for the LM head's temporaries that auto may choose, GB. Default: what the rest of the step leaves."""
     chunk_budget_s: float | None = None
     """Longest time that auto measures, besides compilation, seconds. Default: 30 for time, 120 for energy and edp."""
+    chunk_thermal_s: float = 30.0
+    """For adaptive: time constant of the device's temperature, seconds. A count is tried for at least three of them."""
     chunk_time_if_no_energy: bool = False
     """Where there is no source of energy, let auto and adaptive go by time instead of refusing."""
     lmhead_impl: str | None = None
@@ -165,7 +167,7 @@ def validate(config: TrainConfig) -> None:
     for name in ("val_every", "weight_decay", "checkpoint_every", "keep_checkpoints"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must not be negative")
-    for name in ("lr", "grad_clip"):
+    for name in ("lr", "grad_clip", "chunk_thermal_s"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be greater than 0")
     for name in ("beta1", "beta2", "val_fraction"):

@@ -17,6 +17,7 @@ from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, open_monitor
 from jaxchunk.training import banner, resume
 from jaxchunk.training.checkpoint import Checkpoint, Checkpoints
+from jaxchunk.training.chunks import open_chunks
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
 from jaxchunk.training.plan import Plan, prepare
@@ -132,6 +133,8 @@ class _Training:
         self._plan, self._config, self._programs, self._run = plan, plan.config, plan.programs, run
         self._monitor, self._writers = monitor, writers
         self._history = history
+        about = {} if history.checkpoint is None else history.checkpoint.about
+        self._chunks = open_chunks(plan.config, plan.train_steps, monitor, about, self._record_chunks)
         self._records = list(history.records)
         self._stretches: list[Stretch] = list(history.stretches)
         self._done = history.step  # the last step that is complete
@@ -193,7 +196,7 @@ class _Training:
                 if self._stop.signal_name is not None:
                     break
                 self._trace.before(step)
-                state, metrics = self._programs.train_step(state, next(self._plan.batches))
+                state, metrics = self._chunks.train_step(step)(state, next(self._plan.batches))
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
                 if len(in_flight) > 1:
@@ -255,9 +258,11 @@ class _Training:
             self._append("steps.jsonl", record.as_dict())
             self._writers.write(record.as_dict())
             self._progress.step(record)
+            self._chunks.observe(record)
 
     def _write_stretch(self, first: int, start_s: float, end_s: float) -> None:
         monitor = self._monitor
+        self._chunks.end_stretch()
         samples = monitor.samples(max(start_s, self._steady_from_s), end_s)
         window = monitor.window(start_s, end_s)
         stretch = stretch_record(first, self._done, window, samples, clock_zero_s=monitor.start_s)
@@ -275,6 +280,10 @@ class _Training:
         self._append("validation.jsonl", record | {"tokens": int(tokens)})
         self._writers.write({"step": step, "val_loss": loss / tokens})
         self._progress.say(f"step {step}: validation loss {loss / tokens:.4f} over {int(tokens):,} held-out tokens")
+
+    def _record_chunks(self, decision: dict[str, Any]) -> None:
+        self._append("chunks.jsonl", decision)
+        self._progress.say(f"step {decision['step']}, chunks: {decision['reason']}")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:
@@ -310,6 +319,7 @@ class _Training:
             "micro_batch_size": self._programs.memory_plan.micro_batch_size,
             "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
             "batches": self._plan.batches.get_state(),
+            **self._chunks.about(),
         }
         self._checkpoints.save(self._done, state, about, val_loss if known else None)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Plan:
       execution: how the model runs.
       attention_reason: why this attention implementation.
       programs: the compiled functions and the memory plan.
+      train_steps: the compiled training step by chunk count; several where the run is adaptive.
       chunk_choice: how the chunk count was found, where it was left open.
     """
 
@@ -49,13 +51,14 @@ class Plan:
     execution: qwen2.Execution
     attention_reason: str
     programs: Programs
+    train_steps: Mapping[int, chunks.TrainStep]
     chunk_choice: ChunkChoice | None = None
 
     @property
     def lm_head_rows(self) -> tuple[int, int]:
-        """Tokens in a chunk of the LM head, and chunks in a micro-batch."""
+        """Tokens in a chunk of the LM head, and chunks in a micro-batch; of an adaptive run, at its beginning."""
         tokens = self.programs.memory_plan.micro_batch_size * self.config.seq_len
-        return (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, self.config.num_chunks)
+        return (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, max(self.train_steps))
 
     def choices(self) -> dict[str, Any]:
         """What was chosen where the config left it open, for `env.json`."""
@@ -67,6 +70,7 @@ class Plan:
             "lmhead_impl_reason": self.lm_head.reason,
             "lmhead_chunks": chunks,
             "lmhead_chunk_tokens": chunk_rows,
+            "lmhead_chunks_adaptive": list(self.train_steps) if self.config.lmhead_chunks == "adaptive" else None,
             "lmhead_chunks_choice": None if self.chunk_choice is None else self.chunk_choice.as_dict(),
             "attention": self.execution.attention,
             "attention_reason": self.attention_reason,
@@ -118,7 +122,15 @@ def prepare(config: TrainConfig, device: jax.Device, about: dict[str, Any] | Non
     config, choice = chunks.settle(config, model.config, limit_bytes)
     execution = qwen2.Execution(jax.numpy.dtype(config.compute_dtype), attention, config.remat, config.scan_layers)
     _logger.info("compiling %s ...", config.model_name)
-    programs = compile_programs(config, model, execution, limit_bytes)
+
+    def compile_with(config: TrainConfig) -> Programs:
+        return compile_programs(config, model, execution, limit_bytes)
+
+    if config.lmhead_chunks == "adaptive":
+        programs, train_steps = chunks.compile_arms(config, compile_with)
+    else:
+        programs = compile_with(config)
+        train_steps = {config.num_chunks: programs.train_step}
     chunks.compare_sizes(choice, programs.memory_plan.micro_batch_size, config.seq_len)
     batches = data.train_batches(split.train, config.batch_size, config.seed)
-    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs, choice)
+    return Plan(config, model, dataset, split, batches, lm_head, execution, reason, programs, train_steps, choice)

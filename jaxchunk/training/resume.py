@@ -24,7 +24,8 @@ _T = TypeVar("_T")
 _FREE = (
     *("out_dir", "overwrite", "resume", "allow_changed_data", "cache_dir", "record_telemetry", "log", "profile_steps"),
     *("checkpoint_every", "keep_checkpoints", "val_every", "max_bad_steps"),
-    *("chunk_objective", "chunk_candidates", "chunk_memory_gb", "chunk_budget_s", "chunk_time_if_no_energy"),
+    *("chunk_objective", "chunk_candidates", "chunk_memory_gb", "chunk_budget_s", "chunk_thermal_s"),
+    "chunk_time_if_no_energy",
 )
 # Flags under which the same is computed in another order.
 _ROUNDING = ("micro_batch_size", "lmhead_chunks", "lmhead_impl", "attention", "remat", "scan_layers", "deterministic")
@@ -83,6 +84,7 @@ def take_up(run: RunDirectory, restored: Checkpoint) -> History:
             _logger.warning("the checkpoint of step %d is kept as %s", step, checkpoint.set_aside(run.path, step))
     (run.path / "summary.json").unlink(missing_ok=True)  # of a run that has ended, which this one has not
     done = restored.step
+    run.keep_lines("chunks.jsonl", lambda record: record["step"] <= done)
     return History(
         restored,
         tuple(map(StepRecord.from_dict, run.keep_lines("steps.jsonl", lambda record: record["step"] <= done))),

@@ -1,0 +1,390 @@
+"""Which chunk count the next steps run with, from what the last ones cost: `step(rules, state, observation)`.
+
+A pure function: no clock, no device, no randomness. An observation is a *window*, some steps in a row with one count.
+
+An *epoch* finds the best count by duels. A champion is watched for some windows at thermal equilibrium; then every
+challenger is visited in turn, settles, and its windows are compared with the champion's, place by place, until the
+interval of the differences says whether it is better by more than a switch is worth (`intervals`, valid at every look).
+A challenger that is becomes the champion; all others are visited once and left.
+
+Between epochs the policy is *committed*: it stays, and watches cost, temperature and clock for a change of level
+(`drift`). After one it settles again, and only where there is a new level that stays, and the last epoch is long enough
+ago to have paid for itself, opens the next epoch. That one begins with a single duel: where its outcome is what it was
+before, everything has moved alike and the epoch ends; else all challengers are visited again. An epoch that has found
+a new champion is followed by one that begins with the old one: if the level moved between their two visits, it shows.
+
+docs/chunk_choice.md has the guarantees and what they rest on.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+from jaxchunk.tuning import drift
+from jaxchunk.tuning.drift import Baseline, Cusum
+from jaxchunk.tuning.intervals import MeanInterval, anytime_interval
+
+Phase = Literal["settle", "measure", "committed"]
+
+
+class Signal(NamedTuple):
+    """What is watched for drift: the smallest change that matters, and the least standard deviation of a window."""
+
+    change: float
+    least_std: float
+
+
+SIGNALS = {
+    "cost": Signal(0.01, 0.001),  # of its logarithm
+    "temperature": Signal(3.0, 0.5),  # degrees Celsius
+    "clock": Signal(0.02, 0.002),  # of its logarithm
+    "throttle": Signal(0.2, 0.02),  # share of the time
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the policy is told.
+
+    Attributes:
+      candidates: the counts that it may choose.
+      thermal_constant_s: in which the device's temperature comes 63% of the way to its new level.
+      settle_constants: after a switch nothing is compared for so many thermal constants.
+      least_windows: in a duel before it is decided.
+      most_windows: of the champion and in a duel.
+      error: probability that an epoch decides some duel wrongly.
+      worthwhile: a relative gain below this is not worth a switch.
+      hold_constants: least time between two epochs, in thermal constants.
+      exploration_share: largest share of the time that epochs after the first may cost in the long run.
+    """
+
+    candidates: tuple[int, ...]
+    thermal_constant_s: float = 30.0
+    settle_constants: float = 2.0
+    least_windows: int = 6
+    most_windows: int = 20
+    error: float = 0.05
+    worthwhile: float = 0.003
+    hold_constants: float = 10.0
+    exploration_share: float = 0.003
+
+    @property
+    def window_s(self) -> float:
+        """How long a window should be: the champion is watched for one thermal constant."""
+        return self.thermal_constant_s / self.most_windows
+
+
+class Observation(NamedTuple):
+    """One window of steps with one chunk count; None is unknown.
+
+    `cost` is positive and per step, whatever is to be small: seconds, joules, or their product.
+    """
+
+    num_chunks: int
+    seconds: float
+    cost: float | None
+    temperature_c: float | None = None
+    clock_mhz: float | None = None
+    throttle_share: float | None = None
+
+    def signals(self) -> dict[str, float]:
+        """What of it is known and watched for drift."""
+        known = {
+            "cost": _log(self.cost),
+            "temperature": self.temperature_c,
+            "clock": _log(self.clock_mhz),
+            "throttle": self.throttle_share,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+class Decision(NamedTuple):
+    """What the next steps run with. `event` names what happened, `reason` says why; None where nothing did."""
+
+    num_chunks: int
+    event: str | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that the policy remembers; JSON values but for tuples (`state_from_json`).
+
+    Attributes:
+      current: the count that steps run with.
+      champion: the best so far.
+      phase: of the visit to `current`.
+      phase_s: seconds in it.
+      settled_c: the temperature a thermal constant ago, to see whether it still moves.
+      windows: signals of the visit's windows.
+      seen: windows of the visit, unknown ones too.
+      champion_costs: logarithms, of the champion's windows in this epoch.
+      queue: challengers that are still to be visited in this epoch.
+      gaps: by count, log cost over the champion's when last measured.
+      expected_gap: of the first challenger of an epoch that is not the first, from the one before.
+      epoch: its number; 0 is the first.
+      exploring: whether it is going on.
+      fruitless: epochs in a row that found everything as before.
+      dethroned: the champion that the last epoch began with and replaced, until it has been tried again.
+      excess_s: time that this epoch has lost on worse counts.
+      hold_s: before the next epoch may open.
+      level: baselines of signals since they last changed, by name, while committed.
+      reference: those just after the last epoch.
+      evidence: of drift, by name.
+      drifted: what has been alarmed about since, or empty.
+      switches: so far.
+    """
+
+    current: int
+    champion: int
+    phase: Phase = "settle"
+    phase_s: float = 0.0
+    settled_c: float | None = None
+    windows: tuple[dict[str, float], ...] = ()
+    seen: int = 0
+    champion_costs: tuple[float, ...] = ()
+    queue: tuple[int, ...] = ()
+    gaps: tuple[tuple[int, float], ...] = ()
+    expected_gap: float | None = None
+    epoch: int = 0
+    exploring: bool = True
+    fruitless: int = 0
+    dethroned: int | None = None
+    excess_s: float = 0.0
+    hold_s: float = 0.0
+    level: tuple[tuple[str, Baseline], ...] = ()
+    reference: tuple[tuple[str, Baseline], ...] = ()
+    evidence: tuple[tuple[str, Cusum], ...] = ()
+    drifted: tuple[str, ...] = ()
+    switches: int = 0
+
+
+def initial_state(rules: Rules, start: int) -> State:
+    """The first epoch, beginning at `start`.
+
+    Raises:
+      ValueError: it is no candidate.
+    """
+    if start not in rules.candidates:
+        raise ValueError(f"start is {start}; it must be one of {rules.candidates}")
+    queue = tuple(sorted((n for n in rules.candidates if n != start), key=lambda n: (abs(math.log2(n / start)), n)))
+    return State(start, start, queue=queue)
+
+
+def step(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
+    """Takes in a window and decides.
+
+    Args:
+      rules: the same every time.
+      state: from the last call, or `initial_state`.
+      seen: a window. One of another count than `state.current` (its steps were on their way) only takes time.
+    """
+    state = dataclasses.replace(state, hold_s=max(0.0, state.hold_s - seen.seconds))
+    if seen.num_chunks != state.current:
+        return state, Decision(state.current)
+    state = dataclasses.replace(state, phase_s=state.phase_s + seen.seconds)
+    if state.exploring and state.current != state.champion:
+        state = dataclasses.replace(state, excess_s=state.excess_s + seen.seconds * _share_lost(state, seen))
+    if state.phase == "settle":
+        return _settle(rules, state, seen), Decision(state.current)
+    if state.phase == "committed":
+        return _watch(state, seen)
+    state = dataclasses.replace(state, windows=(*state.windows, seen.signals()), seen=state.seen + 1)
+    if state.current != state.champion:
+        return _duel(rules, state)
+    wanted = rules.most_windows * (2 if state.drifted else 1)  # twice, so that a level shows that it stays
+    if len(_costs(state)) < wanted and state.seen < 3 * wanted:
+        return state, Decision(state.current)
+    return (
+        _next_challenger(rules, dataclasses.replace(state, champion_costs=_costs(state)))
+        if state.exploring
+        else (_take_level(rules, state))
+    )
+
+
+def resumed(state: State) -> State:
+    """The state with its visit begun anew: a device that has rested has to settle, and its level is in doubt."""
+    drifted = state.drifted if state.exploring else (*state.drifted, "resumed")
+    return dataclasses.replace(_visit(state, state.current), drifted=drifted)
+
+
+def state_from_json(record: dict[str, Any]) -> State:
+    """The state from `dataclasses.asdict`, through JSON."""
+    pairs = {"level": Baseline, "reference": Baseline, "evidence": Cusum}
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    tuples |= {name: tuple((key, kind(*values)) for key, values in record[name]) for name, kind in pairs.items()}
+    return State(**tuples | {"gaps": tuple((n, gap) for n, gap in record["gaps"])})
+
+
+def _settle(rules: Rules, state: State, seen: Observation) -> State:
+    """Waits for thermal equilibrium: some constants, and then until the temperature stands still (within reason)."""
+    constant_s, least = rules.thermal_constant_s, rules.settle_constants
+    constants, before = state.phase_s / constant_s, (state.phase_s - seen.seconds) / constant_s
+    if math.floor(constants) > math.floor(before):
+        moved = (
+            state.settled_c is not None
+            and seen.temperature_c is not None
+            and abs(seen.temperature_c - state.settled_c) >= SIGNALS["temperature"].change / 2
+        )
+        state = dataclasses.replace(state, settled_c=seen.temperature_c)
+        if constants >= 3 * least or (constants >= least and not moved):
+            return dataclasses.replace(state, phase="measure", phase_s=0.0, windows=(), seen=0, settled_c=None)
+    return state
+
+
+def _duel(rules: Rules, state: State) -> tuple[State, Decision]:
+    """Compares the challenger with the champion, window by window, and decides once that is clear."""
+    differences = [a - b for a, b in zip(_costs(state), state.champion_costs, strict=False)]
+    gap = anytime_interval(differences, rules.error / max(1, len(rules.candidates) - 1))
+    over = len(differences) >= rules.most_windows or state.seen >= 3 * rules.most_windows
+    if len(differences) < rules.least_windows and not over:
+        return state, Decision(state.current)
+    worthwhile = math.log1p(rules.worthwhile)
+    if gap.high < -worthwhile:
+        gaps = {n: g - gap.mean for n, g in state.gaps} | {state.champion: -gap.mean}
+        gaps.pop(state.current, None)
+        event = f"{state.current} chunks cost {_percent(gap)} against {state.champion}: adopted"
+        state = dataclasses.replace(
+            state, champion=state.current, gaps=tuple(sorted(gaps.items())), fruitless=0, expected_gap=None,
+            dethroned=state.champion if state.dethroned is None else state.dethroned,
+        )  # fmt: skip
+        return state, Decision(state.current, "adopt", event)
+    if gap.low <= -worthwhile and not over:
+        return state, Decision(state.current)
+    undecided = " (not told apart)" if gap.low <= -worthwhile else ""
+    reason = f"{state.current} chunks cost {_percent(gap)} against {state.champion}{undecided}: no reason to switch"
+    state = dataclasses.replace(state, gaps=tuple(sorted((dict(state.gaps) | {state.current: gap.mean}).items())))
+    if state.expected_gap is not None:
+        state, compared = _compare_with_before(state, gap, worthwhile, state.expected_gap)
+        reason += compared
+    return _next_challenger(rules, state, reason)
+
+
+def _compare_with_before(state: State, gap: MeanInterval, worthwhile: float, expected: float) -> tuple[State, str]:
+    """After the first duel of a later epoch: is it worth going on?"""
+    state, said = dataclasses.replace(state, expected_gap=None), f"; it was {100 * math.expm1(expected):+.2f}% before: "
+    if gap.low - worthwhile <= expected <= gap.high + worthwhile:
+        state = dataclasses.replace(state, queue=(), fruitless=state.fruitless + 1)
+        return state, f"{said}everything has moved alike"
+    return dataclasses.replace(state, fruitless=0), f"{said}all are visited again"
+
+
+def _next_challenger(rules: Rules, state: State, reason: str | None = None) -> tuple[State, Decision]:
+    """Visits the next of the queue; at its end, the champion for good."""
+    if state.queue:
+        challenger, *rest = state.queue
+        state = _visit(dataclasses.replace(state, queue=tuple(rest)), challenger)
+        explore = f"{challenger} chunks are tried against {state.champion}"
+        return state, Decision(challenger, "explore", explore if reason is None else f"{reason}; {explore}")
+    paid_s = state.excess_s / rules.exploration_share if state.epoch else 0.0
+    hold_s = max(rules.hold_constants * rules.thermal_constant_s, paid_s) * 2**state.fruitless
+    state = dataclasses.replace(
+        _visit(state, state.champion), exploring=False, hold_s=hold_s, excess_s=0.0, level=(), reference=()
+    )
+    commit = f"{state.champion} chunks stay; no other is tried for {hold_s:.0f} s"
+    return state, Decision(state.champion, "commit", commit if reason is None else f"{reason}; {commit}")
+
+
+def _visit(state: State, num_chunks: int) -> State:
+    """The state with a new visit begun, to another count or the same."""
+    return dataclasses.replace(
+        state, current=num_chunks, switches=state.switches + (num_chunks != state.current), phase="settle",
+        phase_s=0.0, settled_c=None, windows=(), seen=0, evidence=(),
+    )  # fmt: skip
+
+
+def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
+    """A committed champion has been watched at equilibrium: is its level the one of its epoch?
+
+    Just after an epoch, "before" is what the champion cost in it: a change in between makes its duels worthless.
+    """
+    level = {}
+    for name, signal in SIGNALS.items():
+        values = [window[name] for window in state.windows if name in window]
+        if len(values) >= rules.least_windows:
+            level[name] = drift.baseline(values, signal.least_std)
+            if state.drifted and not drift.steady(values, signal.change):
+                return _visit(state, state.current), Decision(state.current)
+    before = {name: usual.mean for name, usual in state.reference}
+    if not state.reference and state.champion_costs:
+        before = {"cost": sum(state.champion_costs) / len(state.champion_costs)}
+    moved = tuple(
+        f"{name} {_moved(name, before[name], level[name].mean)}"
+        for name in level
+        if name in before and abs(level[name].mean - before[name]) > SIGNALS[name].change / 2
+    )
+    alarmed, first = bool(state.drifted), not state.reference
+    state = dataclasses.replace(
+        state, phase="committed", level=tuple(level.items()), reference=state.reference or tuple(level.items()),
+        evidence=(), windows=(), champion_costs=_costs(state)[-rules.most_windows :] or state.champion_costs,
+        drifted=moved,
+    )  # fmt: skip
+    if not moved:
+        steady = ("steady", "the level is what it was after the last epoch") if alarmed else (None, None)
+        return state, Decision(state.current, *steady)
+    why = f"the regime has changed {'during the epoch ' if first else ''}({', '.join(moved)})"
+    if state.hold_s > 0:
+        return state, Decision(state.current, "hold", f"{why}; no other count is tried for {state.hold_s:.0f} s more")
+    return _open_epoch(state, why)
+
+
+def _watch(state: State, seen: Observation) -> tuple[State, Decision]:
+    """Committed: looks for drift, and opens the epoch that had to wait."""
+    if state.hold_s <= 0 and state.drifted:
+        return _open_epoch(state, f"the regime had changed ({', '.join(state.drifted)})")
+    if state.hold_s <= 0 and state.dethroned is not None:
+        return _open_epoch(state, "a new champion is put to the test once more")
+    level, evidence, alarms = dict(state.level), dict(state.evidence), []
+    for name, value in seen.signals().items():
+        if name in level:
+            evidence[name], alarm = drift.updated(evidence.get(name, Cusum()), value, level[name], SIGNALS[name].change)
+            alarms += [name] if alarm else []
+    if not alarms:
+        return dataclasses.replace(state, evidence=tuple(evidence.items())), Decision(state.current)
+    state = dataclasses.replace(_visit(state, state.current), drifted=tuple(alarms))
+    return state, Decision(state.current, "drift", f"{' and '.join(alarms)} drifted: waiting for a new level")
+
+
+def _open_epoch(state: State, why: str) -> tuple[State, Decision]:
+    """Tries one challenger first, another one each time nothing had changed, the nearest before the others."""
+    ranked = sorted(dict(state.gaps), key=dict(state.gaps).__getitem__)
+    if not ranked:  # one candidate
+        return dataclasses.replace(state, drifted=()), Decision(state.current, "steady", f"{why}; there is no other")
+    first = state.fruitless % len(ranked) if state.dethroned is None else ranked.index(state.dethroned)
+    challenger, *others = ranked[first:] + ranked[:first]
+    state = dataclasses.replace(
+        _visit(state, challenger), exploring=True, epoch=state.epoch + 1, queue=tuple(others), drifted=(),
+        dethroned=None, expected_gap=dict(state.gaps)[challenger],
+    )  # fmt: skip
+    return state, Decision(challenger, "reopen", f"{why}; {challenger} chunks are tried against {state.champion}")
+
+
+def _costs(state: State) -> tuple[float, ...]:
+    return tuple(window["cost"] for window in state.windows if "cost" in window)
+
+
+def _share_lost(state: State, seen: Observation) -> float:
+    """Of a challenger's window: what it cost beyond the champion."""
+    if not state.champion_costs or (log_cost := _log(seen.cost)) is None:
+        return 0.0
+    gap = log_cost - sum(state.champion_costs) / len(state.champion_costs)
+    return max(0.0, -math.expm1(-gap))
+
+
+def _log(value: float | None) -> float | None:
+    return math.log(value) if value is not None and 0 < value < math.inf else None
+
+
+def _percent(gap: MeanInterval) -> str:
+    if not math.isfinite(gap.low):
+        return f"{100 * math.expm1(gap.mean):+.2f}%"
+    mean, low, high = (100 * math.expm1(min(value, 20.0)) for value in gap)
+    return f"{mean:+.2f}% ({low:+.2f} to {high:+.2f})"
+
+
+def _moved(name: str, before: float, after: float) -> str:
+    if name == "temperature":
+        return f"{after - before:+.1f} C"
+    if name == "throttle":
+        return f"{100 * (after - before):+.0f}% of the time"
+    return f"{100 * math.expm1(after - before):+.1f}%"
