@@ -225,7 +225,7 @@ def _build_table(kind: type, value: Any, where: str) -> Any:
         raise InputError(f"{prefix}{unknown[0]} is unknown; known are {', '.join(sorted(fields))}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in value]:
-        raise InputError(f"{prefix}{missing[0]} is missing; give it, or name a device to take it from: base = \"gb10\"")
+        raise InputError(f'{prefix}{missing[0]} is missing; give it, or name a device to take it from: base = "gb10"')
     return kind(**{name: _build(hints[name], item, prefix + name) for name, item in value.items()})
 
 

@@ -196,7 +196,7 @@ def open_chunks(
         return monitor.window(monitor.start_s + start_s, monitor.start_s + end_s).energy_j
 
     rules = Rules(tuple(steps), thermal_constant_s=config.chunk_thermal_s)
-    controller = Controller(rules, objective, max(steps), energy_of=energy_of, record=record)
+    controller = Controller(rules, objective, energy_of=energy_of, record=record)
     if (saved := about.get("chunk_controller")) is not None and not controller.go_on_from(saved):
         _logger.warning("warning: chunk counts are others than in the checkpoint: the policy begins anew")
     return AdaptiveChunks(steps, controller)

@@ -20,6 +20,7 @@ from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import Model, choose_model, choose_tokenizer
 from jaxchunk.training.programs import Programs, compile_programs
 from jaxchunk.tuning import ChunkChoice
+from jaxchunk.tuning.policy import first_count
 
 _logger = logging.getLogger("jaxchunk")
 
@@ -58,7 +59,11 @@ class Plan:
     def lm_head_rows(self) -> tuple[int, int]:
         """Tokens in a chunk of the LM head, and chunks in a micro-batch; of an adaptive run, at its beginning."""
         tokens = self.programs.memory_plan.micro_batch_size * self.config.seq_len
-        return (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, max(self.train_steps))
+        return (
+            (tokens, 1)
+            if self.lm_head.implementation == "reference"
+            else split_rows(tokens, first_count(self.train_steps))
+        )
 
     def choices(self) -> dict[str, Any]:
         """What was chosen where the config left it open, for `env.json`."""

@@ -39,7 +39,6 @@ class Controller:
         self,
         rules: Rules,
         objective: Objective,
-        start: int,
         *,
         energy_of: EnergyOf = lambda start_s, end_s: None,
         record: Callable[[dict[str, Any]], None] = lambda record: None,
@@ -49,12 +48,11 @@ class Controller:
         Args:
           rules: of the policy.
           objective: what a step is to cost little of.
-          start: the count to begin with.
           energy_of: joules between two times, for objectives with energy.
           record: takes every decision as a JSON value.
         """
         self._rules, self._objective, self._energy_of, self._record = rules, objective, energy_of, record
-        self._state = policy.initial_state(rules, start)
+        self._state = policy.initial_state(rules)
         self._steps: list[StepSeen] = []
         self._joules: float | None = 0.0  # of stretches of the window that have ended
         self._stretch_s: tuple[float, float] | None = None

@@ -18,6 +18,7 @@ docs/chunk_choice.md has the guarantees and what they rest on.
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from jaxchunk.tuning import drift
@@ -54,6 +55,7 @@ class Rules:
       most_windows: of the champion and in a duel.
       error: probability that an epoch decides some duel wrongly.
       worthwhile: a relative gain below this is not worth a switch.
+      hopeless: a challenger that is shown to cost this much more while it still settles is left at once.
       hold_constants: least time between two epochs, in thermal constants.
       exploration_share: largest share of the time that epochs after the first may cost in the long run.
     """
@@ -65,6 +67,7 @@ class Rules:
     most_windows: int = 20
     error: float = 0.05
     worthwhile: float = 0.003
+    hopeless: float = 0.03
     hold_constants: float = 10.0
     exploration_share: float = 0.003
 
@@ -159,16 +162,16 @@ class State:
     switches: int = 0
 
 
-def initial_state(rules: Rules, start: int) -> State:
-    """The first epoch, beginning at `start`.
+def first_count(candidates: Collection[int]) -> int:
+    """The count to begin with: the middle one, which is the least likely to be far off."""
+    return sorted(candidates)[len(candidates) // 2]
 
-    Raises:
-      ValueError: it is no candidate.
-    """
-    if start not in rules.candidates:
-        raise ValueError(f"start is {start}; it must be one of {rules.candidates}")
-    queue = tuple(sorted((n for n in rules.candidates if n != start), key=lambda n: (abs(math.log2(n / start)), n)))
-    return State(start, start, queue=queue)
+
+def initial_state(rules: Rules) -> State:
+    """The first epoch, beginning at `first_count`; the others follow by their distance to it."""
+    start = first_count(rules.candidates)
+    others = sorted((n for n in rules.candidates if n != start), key=lambda n: (abs(math.log2(n / start)), -n))
+    return State(start, start, queue=tuple(others))
 
 
 def step(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
@@ -185,11 +188,11 @@ def step(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision
     state = dataclasses.replace(state, phase_s=state.phase_s + seen.seconds)
     if state.exploring and state.current != state.champion:
         state = dataclasses.replace(state, excess_s=state.excess_s + seen.seconds * _share_lost(state, seen))
-    if state.phase == "settle":
-        return _settle(rules, state, seen), Decision(state.current)
     if state.phase == "committed":
         return _watch(state, seen)
     state = dataclasses.replace(state, windows=(*state.windows, seen.signals()), seen=state.seen + 1)
+    if state.phase == "settle":
+        return _settle(rules, state, seen)
     if state.current != state.champion:
         return _duel(rules, state)
     wanted = rules.most_windows * (2 if state.drifted else 1)  # twice, so that a level shows that it stays
@@ -216,8 +219,11 @@ def state_from_json(record: dict[str, Any]) -> State:
     return State(**tuples | {"gaps": tuple((n, gap) for n, gap in record["gaps"])})
 
 
-def _settle(rules: Rules, state: State, seen: Observation) -> State:
+def _settle(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
     """Waits for thermal equilibrium: some constants, and then until the temperature stands still (within reason)."""
+    gap = _gap(rules, state) if state.current != state.champion else None
+    if gap is not None and state.seen >= rules.least_windows and gap.low > math.log1p(rules.hopeless):
+        return _no_switch(rules, state, gap)
     constant_s, least = rules.thermal_constant_s, rules.settle_constants
     constants, before = state.phase_s / constant_s, (state.phase_s - seen.seconds) / constant_s
     if math.floor(constants) > math.floor(before):
@@ -228,44 +234,62 @@ def _settle(rules: Rules, state: State, seen: Observation) -> State:
         )
         state = dataclasses.replace(state, settled_c=seen.temperature_c)
         if constants >= 3 * least or (constants >= least and not moved):
-            return dataclasses.replace(state, phase="measure", phase_s=0.0, windows=(), seen=0, settled_c=None)
-    return state
+            state = dataclasses.replace(state, phase="measure", phase_s=0.0, windows=(), seen=0, settled_c=None)
+    return state, Decision(state.current)
+
+
+def _gap(rules: Rules, state: State) -> MeanInterval:
+    """Of the challenger's windows to the champion's, place by place, in logarithms of cost."""
+    differences = [a - b for a, b in zip(_costs(state), state.champion_costs, strict=False)]
+    return anytime_interval(differences, rules.error / max(1, len(rules.candidates) - 1))
 
 
 def _duel(rules: Rules, state: State) -> tuple[State, Decision]:
     """Compares the challenger with the champion, window by window, and decides once that is clear."""
-    differences = [a - b for a, b in zip(_costs(state), state.champion_costs, strict=False)]
-    gap = anytime_interval(differences, rules.error / max(1, len(rules.candidates) - 1))
-    over = len(differences) >= rules.most_windows or state.seen >= 3 * rules.most_windows
-    if len(differences) < rules.least_windows and not over:
+    gap, worthwhile = _gap(rules, state), math.log1p(rules.worthwhile)
+    paired = min(len(_costs(state)), len(state.champion_costs))
+    over = paired >= rules.most_windows or state.seen >= 3 * rules.most_windows
+    if paired < rules.least_windows and not over:
         return state, Decision(state.current)
-    worthwhile = math.log1p(rules.worthwhile)
     if gap.high < -worthwhile:
-        gaps = {n: g - gap.mean for n, g in state.gaps} | {state.champion: -gap.mean}
-        gaps.pop(state.current, None)
-        event = f"{state.current} chunks cost {_percent(gap)} against {state.champion}: adopted"
-        state = dataclasses.replace(
-            state, champion=state.current, gaps=tuple(sorted(gaps.items())), fruitless=0, expected_gap=None,
-            dethroned=state.champion if state.dethroned is None else state.dethroned,
-        )  # fmt: skip
-        return state, Decision(state.current, "adopt", event)
+        return _adopt(state, gap)
     if gap.low <= -worthwhile and not over:
         return state, Decision(state.current)
-    undecided = " (not told apart)" if gap.low <= -worthwhile else ""
+    return _no_switch(rules, state, gap)
+
+
+def _adopt(state: State, gap: MeanInterval) -> tuple[State, Decision]:
+    """The challenger becomes the champion, and stays where it is."""
+    gaps = {n: g - gap.mean for n, g in state.gaps} | {state.champion: -gap.mean}
+    gaps.pop(state.current, None)
+    reason = f"{state.current} chunks cost {_percent(gap)} against {state.champion}: adopted"
+    first = state.dethroned is None or state.dethroned == state.current
+    state = dataclasses.replace(
+        state, champion=state.current, gaps=tuple(sorted(gaps.items())), fruitless=0, expected_gap=None,
+        dethroned=state.champion if first else state.dethroned,
+    )  # fmt: skip
+    return state, Decision(state.current, "adopt", reason)
+
+
+def _no_switch(rules: Rules, state: State, gap: MeanInterval) -> tuple[State, Decision]:
+    """The challenger is left."""
+    undecided = " (not told apart)" if gap.low <= -math.log1p(rules.worthwhile) else ""
     reason = f"{state.current} chunks cost {_percent(gap)} against {state.champion}{undecided}: no reason to switch"
     state = dataclasses.replace(state, gaps=tuple(sorted((dict(state.gaps) | {state.current: gap.mean}).items())))
     if state.expected_gap is not None:
-        state, compared = _compare_with_before(state, gap, worthwhile, state.expected_gap)
+        state, compared = _compare_with_before(state, gap, math.log1p(rules.worthwhile), state.expected_gap)
         reason += compared
     return _next_challenger(rules, state, reason)
 
 
 def _compare_with_before(state: State, gap: MeanInterval, worthwhile: float, expected: float) -> tuple[State, str]:
     """After the first duel of a later epoch: is it worth going on?"""
-    state, said = dataclasses.replace(state, expected_gap=None), f"; it was {100 * math.expm1(expected):+.2f}% before: "
+    confirms = state.dethroned == state.current
+    state = dataclasses.replace(state, expected_gap=None, dethroned=None if confirms else state.dethroned)
+    said = f"; it was {100 * math.expm1(expected):+.2f}% before: "
     if gap.low - worthwhile <= expected <= gap.high + worthwhile:
-        state = dataclasses.replace(state, queue=(), fruitless=state.fruitless + 1)
-        return state, f"{said}everything has moved alike"
+        fruitless = state.fruitless if confirms else state.fruitless + 1
+        return dataclasses.replace(state, queue=(), fruitless=fruitless), f"{said}everything has moved alike"
     return dataclasses.replace(state, fruitless=0), f"{said}all are visited again"
 
 
@@ -277,7 +301,7 @@ def _next_challenger(rules: Rules, state: State, reason: str | None = None) -> t
         explore = f"{challenger} chunks are tried against {state.champion}"
         return state, Decision(challenger, "explore", explore if reason is None else f"{reason}; {explore}")
     paid_s = state.excess_s / rules.exploration_share if state.epoch else 0.0
-    hold_s = max(rules.hold_constants * rules.thermal_constant_s, paid_s) * 2**state.fruitless
+    hold_s = max(rules.hold_constants * rules.thermal_constant_s * 2**state.fruitless, paid_s)
     state = dataclasses.replace(
         _visit(state, state.champion), exploring=False, hold_s=hold_s, excess_s=0.0, level=(), reference=()
     )
@@ -354,7 +378,7 @@ def _open_epoch(state: State, why: str) -> tuple[State, Decision]:
     challenger, *others = ranked[first:] + ranked[:first]
     state = dataclasses.replace(
         _visit(state, challenger), exploring=True, epoch=state.epoch + 1, queue=tuple(others), drifted=(),
-        dethroned=None, expected_gap=dict(state.gaps)[challenger],
+        expected_gap=dict(state.gaps)[challenger],
     )  # fmt: skip
     return state, Decision(challenger, "reopen", f"{why}; {challenger} chunks are tried against {state.champion}")
 

@@ -99,10 +99,15 @@ def verdict(now: Standing, memory_bytes: Mapping[int, int], rules: Rules, what: 
             f"{winner} takes the least memory of them",
         )
     open_ = "; ".join(_relative(a, others[a]) for a in sorted(now.active) if a != now.leader)
+    how = (
+        "the least by estimate"
+        if len(close) == 1
+        else f"the least memory of those estimated within {rules.tolerance:.1%}"
+    )
     return Verdict(
         winner,
-        f"no difference in {what} that could be told between {names} chunks in the time given (against "
-        f"{now.leader}: {open_}): {winner} takes the least memory of those estimated within {rules.tolerance:.1%}",
+        f"no difference in {what} could be shown between {names} chunks in the time given (against {now.leader}: "
+        f"{open_}): {winner} takes {how}",
     )
 
 

@@ -20,7 +20,7 @@ class Feed:
             self.asked.append((start_s, end_s))
             return energy_of(start_s, end_s)
 
-        self.controller = Controller(rules, objective, 4, energy_of=ask, record=self.records.append)
+        self.controller = Controller(rules, objective, energy_of=ask, record=self.records.append)
 
     def run(self, steps, seconds=0.3, pause_s=0.0, num_chunks=None):
         for _ in range(steps):

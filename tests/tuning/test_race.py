@@ -56,7 +56,7 @@ def test_cut_short_it_says_so_and_takes_none_that_is_likely_worse():
     assert len(now.active) == 3 and not now.finished
     estimated = {n: interval.mean for n, interval in now.to_leader.items()}
     winner, reason = verdict(now, {1: 3, 4: 2, 16: 1}, Rules(), "time")
-    assert "could be told" in reason and estimated[winner] <= Rules().tolerance
+    assert "could be shown" in reason and estimated[winner] <= Rules().tolerance
 
 
 @settings(max_examples=30, deadline=None)
