@@ -110,9 +110,12 @@ def compile_arms(
         arm = dataclasses.replace(config, lmhead_chunks=count, micro_batch_size=size)
         _logger.info("compiling the step with %d chunk(s) ...", count)
         try:
-            steps[count] = compile_with(arm).train_step
+            compiled = compile_with(arm)
         except Exception as error:  # whatever a compiler has to say about one candidate
             _logger.warning("%d chunk(s) are left out: %s", count, (str(error).splitlines() or [""])[0][:300])
+            continue
+        steps[count] = compiled.train_step
+        programs = programs._replace(compile_time_s=programs.compile_time_s + compiled.compile_time_s)
     return programs, dict(sorted(steps.items()))
 
 

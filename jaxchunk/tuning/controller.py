@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxchunk.tuning import policy
 from jaxchunk.tuning.objective import Objective, cost
-from jaxchunk.tuning.policy import Observation, Rules
+from jaxchunk.tuning.observation import Observation
+from jaxchunk.tuning.policy import Rules
 
 _PAUSE_S = 1e-3  # between steps; less is rounding
 EnergyOf = Callable[[float, float], float | None]  # joules between two times, or None

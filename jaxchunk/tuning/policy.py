@@ -24,23 +24,9 @@ from typing import Any, Literal, NamedTuple
 from jaxchunk.tuning import drift
 from jaxchunk.tuning.drift import Baseline, Cusum
 from jaxchunk.tuning.intervals import MeanInterval, anytime_interval
+from jaxchunk.tuning.observation import SIGNALS, Observation, finite_log
 
 Phase = Literal["settle", "measure", "committed"]
-
-
-class Signal(NamedTuple):
-    """What is watched for drift: the smallest change that matters, and the least standard deviation of a window."""
-
-    change: float
-    least_std: float
-
-
-SIGNALS = {
-    "cost": Signal(0.01, 0.001),  # of its logarithm
-    "temperature": Signal(3.0, 0.5),  # degrees Celsius
-    "clock": Signal(0.02, 0.002),  # of its logarithm
-    "throttle": Signal(0.2, 0.02),  # share of the time
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +52,7 @@ class Rules:
     least_windows: int = 6
     most_windows: int = 20
     error: float = 0.05
-    worthwhile: float = 0.003
+    worthwhile: float = 0.005
     hopeless: float = 0.03
     hold_constants: float = 10.0
     exploration_share: float = 0.003
@@ -75,30 +61,6 @@ class Rules:
     def window_s(self) -> float:
         """How long a window should be: the champion is watched for one thermal constant."""
         return self.thermal_constant_s / self.most_windows
-
-
-class Observation(NamedTuple):
-    """One window of steps with one chunk count; None is unknown.
-
-    `cost` is positive and per step, whatever is to be small: seconds, joules, or their product.
-    """
-
-    num_chunks: int
-    seconds: float
-    cost: float | None
-    temperature_c: float | None = None
-    clock_mhz: float | None = None
-    throttle_share: float | None = None
-
-    def signals(self) -> dict[str, float]:
-        """What of it is known and watched for drift."""
-        known = {
-            "cost": _log(self.cost),
-            "temperature": self.temperature_c,
-            "clock": _log(self.clock_mhz),
-            "throttle": self.throttle_share,
-        }
-        return {name: value for name, value in known.items() if value is not None}
 
 
 class Decision(NamedTuple):
@@ -198,11 +160,9 @@ def step(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision
     wanted = rules.most_windows * (2 if state.drifted else 1)  # twice, so that a level shows that it stays
     if len(_costs(state)) < wanted and state.seen < 3 * wanted:
         return state, Decision(state.current)
-    return (
-        _next_challenger(rules, dataclasses.replace(state, champion_costs=_costs(state)))
-        if state.exploring
-        else (_take_level(rules, state))
-    )
+    if state.exploring:
+        return _next_challenger(rules, dataclasses.replace(state, champion_costs=_costs(state)))
+    return _take_level(rules, state)
 
 
 def resumed(state: State) -> State:
@@ -389,14 +349,10 @@ def _costs(state: State) -> tuple[float, ...]:
 
 def _share_lost(state: State, seen: Observation) -> float:
     """Of a challenger's window: what it cost beyond the champion."""
-    if not state.champion_costs or (log_cost := _log(seen.cost)) is None:
+    if not state.champion_costs or (log_cost := finite_log(seen.cost)) is None:
         return 0.0
     gap = log_cost - sum(state.champion_costs) / len(state.champion_costs)
     return max(0.0, -math.expm1(-gap))
-
-
-def _log(value: float | None) -> float | None:
-    return math.log(value) if value is not None and 0 < value < math.inf else None
 
 
 def _percent(gap: MeanInterval) -> str:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchunk.tuning import policy
-from jaxchunk.tuning.policy import Observation, Rules, initial_state, state_from_json
+from jaxchunk.tuning.observation import Observation
+from jaxchunk.tuning.policy import Rules, initial_state, state_from_json
 
 RULES = Rules((1, 4, 16), thermal_constant_s=20.0)
 EPOCH_S = 20.0 * (2 + 1) * 3  # a visit to each: two constants to settle, one to measure
@@ -151,17 +152,18 @@ def test_a_state_survives_json_at_any_time(until_s):
 counts = st.lists(st.sampled_from([1, 2, 4, 8, 16, 32]), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(counts, st.data())
 def test_on_a_stationary_plant_it_converges_to_what_is_as_good_as_the_best(candidates, data):
     costs = {n: data.draw(st.floats(0.8, 1.2)) for n in candidates}
     rules = Rules(tuple(candidates), thermal_constant_s=20.0)
-    plant = Plant(rules, costs, noise=0.002, seed=data.draw(st.integers(0, 999))).run(20.0 * 3 * (len(candidates) + 1))
+    # One epoch, the time after it in which nothing is tried, and the duel with a champion that was replaced.
+    plant = Plant(rules, costs, noise=0.002, seed=data.draw(st.integers(0, 999))).run(20.0 * (3 * len(candidates) + 20))
     assert not plant.state.exploring
-    assert costs[plant.state.current] <= min(costs.values()) * 1.006  # worthwhile, and an interval's half width
+    assert costs[plant.state.current] <= min(costs.values()) * 1.008  # worthwhile, and an interval's half width
     switches = plant.state.switches
     assert switches == len(plant.path) - 1 <= len(candidates) + 2
-    assert plant.run(6000).state.switches <= len(candidates) + 2  # a new champion is put to the test once
+    assert plant.run(6000).state.switches == switches
 
 
 @settings(max_examples=12, deadline=None)
