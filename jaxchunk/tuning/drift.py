@@ -29,6 +29,11 @@ def baseline(values: Sequence[float], least_std: float) -> Baseline:
     return Baseline(float(np.mean(values)), max(float(np.std(values, ddof=1)), least_std))
 
 
+def apart(a: Baseline, b: Baseline, change: float, windows: int) -> bool:
+    """Whether two baselines of so many windows are different levels: by half a `change`, and by more than noise."""
+    return abs(a.mean - b.mean) > max(change / 2, 3 * math.hypot(a.std, b.std) / math.sqrt(windows))
+
+
 def steady(values: Sequence[float], change: float) -> bool:
     """Whether windows in a row are of one level: their two halves differ by less than half a `change`, or by noise.
 

@@ -63,6 +63,13 @@ class Rules:
         return self.thermal_constant_s / self.most_windows
 
 
+class Gap(NamedTuple):
+    """Log cost of a count over the champion's, and half the width of its interval (at most 1, which says nothing)."""
+
+    mean: float
+    half: float
+
+
 class Decision(NamedTuple):
     """What the next steps run with. `event` names what happened, `reason` says why; None where nothing did."""
 
@@ -85,7 +92,7 @@ class State:
       seen: windows of the visit, unknown ones too.
       champion_costs: logarithms, of the champion's windows in this epoch.
       queue: challengers that are still to be visited in this epoch.
-      gaps: by count, log cost over the champion's when last measured.
+      gaps: by count, as last measured.
       expected_gap: of the first challenger of an epoch that is not the first, from the one before.
       epoch: its number; 0 is the first.
       exploring: whether it is going on.
@@ -109,8 +116,8 @@ class State:
     seen: int = 0
     champion_costs: tuple[float, ...] = ()
     queue: tuple[int, ...] = ()
-    gaps: tuple[tuple[int, float], ...] = ()
-    expected_gap: float | None = None
+    gaps: tuple[tuple[int, Gap], ...] = ()
+    expected_gap: Gap | None = None
     epoch: int = 0
     exploring: bool = True
     fruitless: int = 0
@@ -173,10 +180,14 @@ def resumed(state: State) -> State:
 
 def state_from_json(record: dict[str, Any]) -> State:
     """The state from `dataclasses.asdict`, through JSON."""
-    pairs = {"level": Baseline, "reference": Baseline, "evidence": Cusum}
-    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    pairs: dict[str, Any] = {"level": Baseline, "reference": Baseline, "evidence": Cusum, "gaps": Gap}
+    tuples: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
     tuples |= {name: tuple((key, kind(*values)) for key, values in record[name]) for name, kind in pairs.items()}
-    return State(**tuples | {"gaps": tuple((n, gap) for n, gap in record["gaps"])})
+    expected = record["expected_gap"]
+    tuples |= {"expected_gap": None if expected is None else Gap(*expected)}
+    return State(**tuples)
 
 
 def _settle(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
@@ -220,7 +231,9 @@ def _duel(rules: Rules, state: State) -> tuple[State, Decision]:
 
 def _adopt(state: State, gap: MeanInterval) -> tuple[State, Decision]:
     """The challenger becomes the champion, and stays where it is."""
-    gaps = {n: g - gap.mean for n, g in state.gaps} | {state.champion: -gap.mean}
+    half = min(1.0, gap.high - gap.mean)
+    gaps = {n: Gap(g.mean - gap.mean, min(1.0, g.half + half)) for n, g in state.gaps}
+    gaps[state.champion] = Gap(-gap.mean, half)
     gaps.pop(state.current, None)
     reason = f"{state.current} chunks cost {_percent(gap)} against {state.champion}: adopted"
     first = state.dethroned is None or state.dethroned == state.current
@@ -235,19 +248,20 @@ def _no_switch(rules: Rules, state: State, gap: MeanInterval) -> tuple[State, De
     """The challenger is left."""
     undecided = " (not told apart)" if gap.low <= -math.log1p(rules.worthwhile) else ""
     reason = f"{state.current} chunks cost {_percent(gap)} against {state.champion}{undecided}: no reason to switch"
-    state = dataclasses.replace(state, gaps=tuple(sorted((dict(state.gaps) | {state.current: gap.mean}).items())))
+    found = Gap(gap.mean, min(1.0, gap.high - gap.mean))
+    state = dataclasses.replace(state, gaps=tuple(sorted((dict(state.gaps) | {state.current: found}).items())))
     if state.expected_gap is not None:
-        state, compared = _compare_with_before(state, gap, math.log1p(rules.worthwhile), state.expected_gap)
+        state, compared = _compare_with_before(state, found, math.log1p(rules.worthwhile), state.expected_gap)
         reason += compared
     return _next_challenger(rules, state, reason)
 
 
-def _compare_with_before(state: State, gap: MeanInterval, worthwhile: float, expected: float) -> tuple[State, str]:
+def _compare_with_before(state: State, found: Gap, worthwhile: float, expected: Gap) -> tuple[State, str]:
     """After the first duel of a later epoch: is it worth going on?"""
     confirms = state.dethroned == state.current
     state = dataclasses.replace(state, expected_gap=None, dethroned=None if confirms else state.dethroned)
-    said = f"; it was {100 * math.expm1(expected):+.2f}% before: "
-    if gap.low - worthwhile <= expected <= gap.high + worthwhile:
+    said = f"; it was {100 * math.expm1(expected.mean):+.2f}% before: "
+    if abs(found.mean - expected.mean) <= found.half + expected.half + worthwhile:
         fruitless = state.fruitless if confirms else state.fruitless + 1
         return dataclasses.replace(state, queue=(), fruitless=fruitless), f"{said}everything has moved alike"
     return dataclasses.replace(state, fruitless=0), f"{said}all are visited again"
@@ -289,13 +303,13 @@ def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
             level[name] = drift.baseline(values, signal.least_std)
             if state.drifted and not drift.steady(values, signal.change):
                 return _visit(state, state.current), Decision(state.current)
-    before = {name: usual.mean for name, usual in state.reference}
-    if not state.reference and state.champion_costs:
-        before = {"cost": sum(state.champion_costs) / len(state.champion_costs)}
+    before = dict(state.reference)
+    if not before and len(state.champion_costs) > 1:
+        before = {"cost": drift.baseline(state.champion_costs, SIGNALS["cost"].least_std)}
     moved = tuple(
-        f"{name} {_moved(name, before[name], level[name].mean)}"
-        for name in level
-        if name in before and abs(level[name].mean - before[name]) > SIGNALS[name].change / 2
+        f"{name} {_moved(name, before[name].mean, now.mean)}"
+        for name, now in level.items()
+        if name in before and drift.apart(before[name], now, SIGNALS[name].change, rules.most_windows)
     )
     alarmed, first = bool(state.drifted), not state.reference
     state = dataclasses.replace(
@@ -331,14 +345,15 @@ def _watch(state: State, seen: Observation) -> tuple[State, Decision]:
 
 def _open_epoch(state: State, why: str) -> tuple[State, Decision]:
     """Tries one challenger first, another one each time nothing had changed, the nearest before the others."""
-    ranked = sorted(dict(state.gaps), key=dict(state.gaps).__getitem__)
+    gaps = dict(state.gaps)
+    ranked = sorted(gaps, key=lambda n: gaps[n].mean)
     if not ranked:  # one candidate
         return dataclasses.replace(state, drifted=()), Decision(state.current, "steady", f"{why}; there is no other")
     first = state.fruitless % len(ranked) if state.dethroned is None else ranked.index(state.dethroned)
     challenger, *others = ranked[first:] + ranked[:first]
     state = dataclasses.replace(
         _visit(state, challenger), exploring=True, epoch=state.epoch + 1, queue=tuple(others), drifted=(),
-        expected_gap=dict(state.gaps)[challenger],
+        expected_gap=gaps[challenger],
     )  # fmt: skip
     return state, Decision(challenger, "reopen", f"{why}; {challenger} chunks are tried against {state.champion}")
 
