@@ -90,6 +90,10 @@ class CumulativeCurve:
         """What to say of a window in an outage that has not ended."""
         return self._gap_reason(now_s - (self._last_read_s or now_s))
 
+    def knots_s(self, start_s: float, end_s: float) -> list[float]:
+        """Times of the knots from `start_s` to `end_s`."""
+        return list(self._times_s[bisect_left(self._times_s, start_s) : bisect_right(self._times_s, end_s)])
+
     def forget_before(self, time_s: float) -> None:
         """Drops what no window starting at or after `time_s` needs (it needs the interval before its own)."""
         count = bisect_right(self._times_s, time_s) - 2

@@ -110,6 +110,10 @@ class GroupMonitor:
         """See `Monitor`; of the first device."""
         return self._first.samples(start_s, end_s)
 
+    def energy_ticks_s(self, start_s: float, end_s: float) -> list[float]:
+        """None: several counters have no ticks in common."""
+        return []
+
     def forget_before(self, time_s: float) -> None:
         """See `Monitor`."""
         for monitor in self._monitors:

@@ -273,6 +273,13 @@ class Monitor:
             )
         return energy, source
 
+    def energy_ticks_s(self, start_s: float, end_s: float) -> list[float]:
+        """Times between two times at which the energy is known best: the counter's ticks, or the samples of power."""
+        if self._sampler is None:
+            return []
+        with self._sampler.reading() as tracks:
+            return [] if tracks.energy is None else tracks.energy.knots_s(start_s, end_s)
+
     def samples(self, start_s: float = -math.inf, end_s: float = math.inf) -> Samples:
         """A copy of the raw samples between two times (all of them by default)."""
         if self._sampler is None:

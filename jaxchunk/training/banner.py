@@ -38,6 +38,7 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         "step": f"{config.batch_size} x {config.seq_len} tokens in {micro_batches} micro-batch(es)",
         "LM head": f"{plan.lm_head.implementation}, {chunks} chunk(s) of {chunk_rows:,} tokens in each "
         f"micro-batch{each} ({plan.lm_head.reason})",
+        **_chunks(plan),
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
         "memory": programs.memory_plan.describe(),
@@ -91,10 +92,21 @@ def _dtype_reason(config: TrainConfig, device: jax.Device) -> str:
     )
 
 
+def _chunks(plan: Plan) -> dict[str, str]:
+    """How the count was or will be found, where it was left open."""
+    if plan.config.lmhead_chunks == "adaptive":
+        counts = ", ".join(map(str, plan.train_steps))
+        return {"chunks": f"adaptive: {counts}, by {plan.config.chunk_objective}; decisions in chunks.jsonl"}
+    if (choice := plan.chunk_choice) is None:
+        return {}
+    when = "measured before" if choice.cached else f"measured in {choice.measuring_s:.1f} s"
+    return {"chunks": f"{choice.num_chunks}, {when}: {choice.reason}"}
+
+
 def _compile_times(programs: Programs) -> str:
     names = {"init": "initial state", "train_step": "training step", "eval_step": "validation step"}
     parts = [
-        f"{names[name]} {time.compile_s:.1f}{' from the cache' if time.from_cache else ''}"
+        f"{names.get(name, name)} {time.compile_s:.1f}{' from the cache' if time.from_cache else ''}"
         for name, time in programs.compile_times.items()
     ]
     lower_s = sum(time.lower_s for time in programs.compile_times.values())

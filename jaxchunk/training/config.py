@@ -38,8 +38,22 @@ class TrainConfig:
     """Weight of the adapters: they count alpha / rank times. Default: twice the rank."""
     lora_targets: tuple[lora.Target, ...] = lora.TARGETS
     """Projections that have an adapter."""
-    lmhead_chunks: int = 4
-    """Token chunks in which the LM head runs, in each micro-batch."""
+    lmhead_chunks: int | Literal["auto", "adaptive"] = 4
+    """Token chunks in which the LM head runs, in each micro-batch: a number; auto, to measure before training which is
+    the best here; or adaptive, to find it while training goes on, and again when the device's regime changes."""
+    chunk_objective: Literal["time", "energy", "edp"] = "time"
+    """What auto and adaptive minimise: time, energy, or edp (energy times time)."""
+    chunk_candidates: tuple[int, ...] = ()
+    """Chunk counts that auto and adaptive choose from. Default: powers of two (and for auto counts between them) that
+    leave enough rows in a chunk."""
+    chunk_memory_gb: float | None = None
+    """Most memory for the LM head's temporaries that auto may choose, GB. Default: what the rest of the step leaves."""
+    chunk_budget_s: float | None = None
+    """Longest time that auto measures, besides compilation, seconds. Default: 30 for time, 120 for energy and edp."""
+    chunk_thermal_s: float = 30.0
+    """For adaptive: time constant of the device's temperature, seconds. A count is tried for at least three of them."""
+    chunk_time_if_no_energy: bool = False
+    """Where there is no source of energy, let auto and adaptive go by time instead of refusing."""
     lmhead_impl: str | None = None
     """Implementation of the LM head's loss: fused, pallas, xla or reference. Default: by device."""
     seq_len: int = 128
@@ -142,6 +156,12 @@ class TrainConfig:
     anew by timing them. JAX_COMPILATION_CACHE_DIR comes before both."""
 
     @property
+    def num_chunks(self) -> int:
+        """`lmhead_chunks` of a config in which it is settled (`training.chunks`)."""
+        assert isinstance(self.lmhead_chunks, int), f"lmhead_chunks is still {self.lmhead_chunks!r}"
+        return self.lmhead_chunks
+
+    @property
     def model_name(self) -> str:
         """What the model is called in the name of a run: the size, or the checkpoint without what leads there."""
         return self.model if self.hf_model is None else Path(self.hf_model).name
@@ -184,8 +204,12 @@ def validate(config: TrainConfig) -> None:
             raise InputError(f"--{field.name} is {value}; it must be a finite number")
     if not 0 <= config.seed < 2**63:
         raise InputError(f"--seed is {config.seed}; it must be between 0 and 2^63 - 1")
+    if isinstance(config.lmhead_chunks, int) and config.lmhead_chunks < 1:
+        raise InputError(f"--lmhead_chunks is {config.lmhead_chunks}; it must be at least 1, auto or adaptive")
+    if any(count < 1 for count in config.chunk_candidates):
+        raise InputError(f"--chunk_candidates is {' '.join(map(str, config.chunk_candidates))}; give counts from 1 on")
     for name in (
-        *("lmhead_chunks", "seq_len", "batch_size", "steps", "val_batches", "max_bad_steps", "sample_tokens"),
+        *("seq_len", "batch_size", "steps", "val_batches", "max_bad_steps", "sample_tokens"),
         *("mesh_data", "mesh_fsdp", "mesh_model"),
     ):
         value = getattr(config, name)
@@ -194,7 +218,7 @@ def validate(config: TrainConfig) -> None:
     for name in ("val_every", "weight_decay", "checkpoint_every", "keep_checkpoints", "lora_rank", "sample_every"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must not be negative")
-    for name in ("lr", "grad_clip", "lora_alpha"):
+    for name in ("lr", "grad_clip", "lora_alpha", "chunk_memory_gb", "chunk_budget_s", "chunk_thermal_s"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise InputError(f"--{name} is {getattr(config, name)}; it must be greater than 0")
     for name in ("beta1", "beta2", "val_fraction"):

@@ -20,6 +20,7 @@ from jaxchunk.run_dir import OtherProcessRun, RunDirectory, new_run_path
 from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, open_monitor
 from jaxchunk.training import banner, resume
 from jaxchunk.training.checkpoint import Checkpoint, Checkpoints, check_base
+from jaxchunk.training.chunks import open_chunks
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.energy_sum import add_up
 from jaxchunk.training.flops import peak_flops, training_flops_per_token
@@ -187,6 +188,8 @@ class _Training:
         self._monitor, self._writers, self._processes = monitor, writers, processes
         self._agreed_signal = 0  # to stop, which all processes know of
         self._history = history
+        about = {} if history.checkpoint is None else history.checkpoint.about
+        self._chunks = open_chunks(plan.config, plan.train_steps, monitor, about, self._record_chunks)
         self._records = list(history.records)
         self._stretches: list[Stretch] = list(history.stretches)
         self._done = history.step  # the last step that is complete
@@ -257,7 +260,8 @@ class _Training:
                 if self._stopped_by is not None:
                     break
                 self._trace.before(step, state)
-                state, metrics = self._programs.train_step(state, next(self._plan.batches), *self._own_signal())
+                train_step = self._chunks.train_step(step)
+                state, metrics = train_step(state, next(self._plan.batches), *self._own_signal())
                 self._watcher.watch(step, metrics)
                 in_flight.append((step, metrics))
                 if len(in_flight) > 1:
@@ -340,9 +344,11 @@ class _Training:
             self._append("steps.jsonl", record.as_dict())
             self._writers.write(record.as_dict())
             self._progress.step(record)
+            self._chunks.observe(record)
 
     def _write_stretch(self, first: int, start_s: float, end_s: float) -> None:
         monitor = self._monitor
+        self._chunks.end_stretch()
         samples = monitor.samples(max(start_s, self._steady_from_s), end_s)
         window = monitor.window(start_s, end_s)
         window = add_up(self._processes, f"stretch {first}", window, timeout_s=_TELLING_TIMEOUT_S) or window
@@ -374,6 +380,10 @@ class _Training:
             self._append("samples.jsonl", {"step": self._done, "time_s": time_s, **sample})
         shown = samples[0]
         self._progress.say(f"step {self._done}: after {shown['prompt'][-60:]!r} it writes {shown['completion']!r}")
+
+    def _record_chunks(self, decision: dict[str, Any]) -> None:
+        self._append("chunks.jsonl", decision)
+        self._progress.say(f"step {decision['step']}, chunks: {decision['reason']}")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:
@@ -414,6 +424,7 @@ class _Training:
             "data": {"tokens_sha256": self._plan.dataset.sha256, "description": self._plan.dataset.description},
             "batches": self._plan.batches.get_state(),
             "base_fingerprint": self._base,
+            **self._chunks.about(),
         }
         self._checkpoints.save(self._done, state, about, val_loss if known else None)
 

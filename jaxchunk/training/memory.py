@@ -60,14 +60,8 @@ def compile_within_memory(
     Raises:
       InputError: not even the smallest candidate fits.
     """
-    candidates = [m for m in range(config.batch_size, 0, -shards.of_a_batch) if config.batch_size % m == 0]
-    if config.micro_batch_size is not None:
-        candidates = [config.micro_batch_size]
-    elif limit_bytes is not None:
-        fitting = [m for m in candidates if estimate_bytes(config, model.config, m, shards) < usable(limit_bytes)]
-        candidates = fitting or candidates[-1:]
     obstacle = ""
-    for micro_batch_size in candidates:
+    for micro_batch_size in likely_micro_batch_sizes(config, model.config, limit_bytes, shards):
         compiled = compile_if_it_fits(functools.partial(compile_step, micro_batch_size), limit_bytes)
         if not isinstance(compiled, str):
             program, memory = compiled
@@ -78,6 +72,19 @@ def compile_within_memory(
         f"{model.flag} with --seq_len {config.seq_len} --lmhead_chunks {config.lmhead_chunks}: {obstacle}; "
         "use a smaller --micro_batch_size, more --lmhead_chunks, --remat full, or more devices along --mesh_fsdp"
     )
+
+
+def likely_micro_batch_sizes(
+    config: TrainConfig, model: qwen2.Qwen2Config, limit_bytes: int | None, shards: Shards = _ONE
+) -> list[int]:
+    """The sizes that may fit, by the estimate, the largest first; never none."""
+    if config.micro_batch_size is not None:
+        return [config.micro_batch_size]
+    sizes = [m for m in range(config.batch_size, 0, -shards.of_a_batch) if config.batch_size % m == 0]
+    if limit_bytes is None:
+        return sizes
+    fitting = [m for m in sizes if estimate_bytes(config, model, m, shards) < usable(limit_bytes)]
+    return fitting or sizes[-1:]
 
 
 def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_size: int, shards: Shards = _ONE) -> int:
@@ -94,5 +101,5 @@ def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_si
     if config.adapters is not None:  # the base alone; adapters are small
         state = size * parameters
     gathered = 2 * 4 * V * D if shards.fsdp > 1 else 0  # the LM head and its gradient; blocks come one after the other
-    logits = -(-tokens // config.lmhead_chunks) * V * size
+    logits = -(-tokens // config.num_chunks) * V * size
     return state + gathered + tokens * size * (L * saved_per_layer + working_set) + logits

@@ -145,6 +145,10 @@ def choose_devices(config: TrainConfig, devices: Sequence[jax.Device]) -> Device
     for name in ("lora_rank", "sample_every"):
         if count > 1 and (value := getattr(config, name)):
             raise InputError(f"--{name} is {value}, which needs one device alone; {given} are {count}: --mesh_data 1")
+    if count > 1 and not isinstance(config.lmhead_chunks, int):
+        raise InputError(
+            f"--lmhead_chunks {config.lmhead_chunks} needs one device alone; {given} are {count}: a number"
+        )
     used = tuple(devices[:count])
     shards = Shards(data, fsdp, model)
     grid = np.array(used, object).reshape(shards)

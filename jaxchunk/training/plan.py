@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Choice, Head, choose_implementation, split_rows
 from jaxchunk.models import hf, qwen2
 from jaxchunk.models.attention import choose_attention
-from jaxchunk.training import resume
+from jaxchunk.training import chunks, resume
 from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.mesh import Devices, check_model_fits
 from jaxchunk.training.model import Model, choose_model, choose_tokenizer
 from jaxchunk.training.programs import Programs, compile_programs
 from jaxchunk.training.samples import Sampler, make_sampler
+from jaxchunk.tuning import ChunkChoice
+from jaxchunk.tuning.policy import first_count
 
 _logger = logging.getLogger("jaxchunk")
 
@@ -39,6 +42,8 @@ class Plan:
       execution: how the model runs.
       attention_reason: why this attention implementation.
       programs: the compiled functions and the memory plan.
+      train_steps: the compiled training step by chunk count; several where the run is adaptive.
+      chunk_choice: how the chunk count was found, where it was left open.
       sampler: writes samples; None where none are asked for.
     """
 
@@ -52,15 +57,19 @@ class Plan:
     execution: qwen2.Execution
     attention_reason: str
     programs: Programs
+    train_steps: Mapping[int, chunks.TrainStep]
+    chunk_choice: ChunkChoice | None = None
     sampler: Sampler | None = None
 
     @property
     def lm_head_rows(self) -> tuple[int, int]:
-        """Tokens in a chunk of the LM head, and chunks in a micro-batch, on each device."""
+        """Tokens in a chunk of the LM head, and chunks in a micro-batch, on each device; at an adaptive run's start."""
         sequences = self.programs.memory_plan.micro_batch_size // self.devices.shards.of_a_batch
         tokens = sequences * self.config.seq_len
         return (
-            (tokens, 1) if self.lm_head.implementation == "reference" else split_rows(tokens, self.config.lmhead_chunks)
+            (tokens, 1)
+            if self.lm_head.implementation == "reference"
+            else split_rows(tokens, first_count(self.train_steps))
         )
 
     def choices(self) -> dict[str, Any]:
@@ -73,6 +82,8 @@ class Plan:
             "lmhead_impl_reason": self.lm_head.reason,
             "lmhead_chunks": chunks,
             "lmhead_chunk_tokens": chunk_rows,
+            "lmhead_chunks_adaptive": list(self.train_steps) if self.config.lmhead_chunks == "adaptive" else None,
+            "lmhead_chunks_choice": None if self.chunk_choice is None else self.chunk_choice.as_dict(),
             "attention": self.execution.attention,
             "attention_reason": self.attention_reason,
             "mesh": self.devices.shards._asdict(),
@@ -142,10 +153,20 @@ def prepare(config: TrainConfig, devices: Devices, about: dict[str, Any] | None 
         raise InputError(str(error)) from None
     dtype, sharded = jax.numpy.dtype(config.compute_dtype), devices.mesh is not None
     execution = qwen2.Execution(dtype, attention, config.remat, config.scan_layers, sharded)
+    limit_bytes = device_memory.limit_bytes(devices.local[0])
+    config, choice = chunks.settle(config, model.config, limit_bytes)
     sampler = make_sampler(config, model.config, execution, dataset, split)
     _logger.info("compiling %s ...", config.model_name)
-    limit_bytes = device_memory.limit_bytes(devices.local[0])
-    programs = compile_programs(config, model, execution, limit_bytes, devices)
-    rows = devices.rows(config.batch_size)
-    batches = data.train_batches(split.train, config.batch_size, config.seed, rows)
-    return Plan(config, devices, model, dataset, split, batches, lm_head, execution, reason, programs, sampler)
+
+    def compile_with(config: TrainConfig) -> Programs:
+        return compile_programs(config, model, execution, limit_bytes, devices)
+
+    if config.lmhead_chunks == "adaptive":
+        programs, train_steps = chunks.compile_arms(config, compile_with)
+    else:
+        programs = compile_with(config)
+        train_steps = {config.num_chunks: programs.train_step}
+    chunks.compare_sizes(choice, programs.memory_plan.micro_batch_size, config.seq_len)
+    batches = data.train_batches(split.train, config.batch_size, config.seed, devices.rows(config.batch_size))
+    settled = config, devices, model, dataset, split, batches, lm_head, execution, reason
+    return Plan(*settled, programs, train_steps, choice, sampler)

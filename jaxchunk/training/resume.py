@@ -29,6 +29,8 @@ _FREE = (
     *("sample_every", "sample_prompts", "sample_tokens"),
     *("distributed", "coordinator", "num_processes", "process_id"),
     *("mesh_data", "mesh_fsdp", "mesh_model"),  # what they come to is compared
+    *("chunk_objective", "chunk_candidates", "chunk_memory_gb", "chunk_budget_s", "chunk_thermal_s"),
+    "chunk_time_if_no_energy",
 )
 # Flags under which the same is computed in another order.
 _ROUNDING = ("micro_batch_size", "lmhead_chunks", "lmhead_impl", "attention", "remat", "scan_layers", "deterministic")
@@ -105,6 +107,7 @@ def take_up(run: RunDirectory, restored: Checkpoint, processes: Processes) -> Hi
     (run.path / "summary.json").unlink(missing_ok=True)  # of a run that has ended, which this one has not
     done = restored.step
     run.keep_lines("samples.jsonl", lambda record: record["step"] <= done)
+    run.keep_lines("chunks.jsonl", lambda record: record["step"] <= done)
     return History(
         restored,
         tuple(map(StepRecord.from_dict, run.keep_lines("steps.jsonl", lambda record: record["step"] <= done))),
@@ -141,6 +144,8 @@ def same_run(config: TrainConfig, about: dict[str, Any], shards: Shards) -> Trai
             del before["micro_batch_size"]
     elif config.micro_batch_size is None:
         config = dataclasses.replace(config, micro_batch_size=before["micro_batch_size"])
+    if config.lmhead_chunks == "auto" and isinstance(before["lmhead_chunks"], int):
+        config = dataclasses.replace(config, lmhead_chunks=before["lmhead_chunks"])
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = {name: (before[name], now[name]) for name in now if name in before and now[name] != before[name]}
     for name, (old, new) in changed.items():

@@ -97,7 +97,7 @@ def summed_loss(
             hidden,
             qwen2.lm_head_weight(params),
             jnp.asarray(batch["labels"]),
-            num_chunks=config.lmhead_chunks,
+            num_chunks=config.num_chunks,
             implementation=config.lmhead_impl,
             ignore_index=IGNORE_INDEX,
             normalizer=normalizer,

@@ -16,6 +16,7 @@ UNCOMPILED = {
         *("data", "val_data", "out_dir", "cache_dir", "overwrite", "resume", "allow_changed_data", "seed"),
         *("val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "profile_steps", "log"),
         *("compilation_cache", "sample_every", "sample_prompts", "sample_tokens"),
+        *("chunk_objective", "chunk_candidates", "chunk_budget_s", "chunk_thermal_s", "chunk_time_if_no_energy"),
     )
 }
 

@@ -195,6 +195,7 @@ def test_a_run_goes_on_on_another_mesh_and_says_so(config, monkeypatch, capsys):
             "--mesh_fsdp is 8; --model tiny has a width of",
         ),
         ({"lora_rank": 4}, "--lora_rank is 4, which needs one device alone; .* are 8: --mesh_data 1"),
+        ({"lmhead_chunks": "auto"}, "--lmhead_chunks auto needs one device alone; .* are 8: a number"),
         ({"sample_every": 10}, "--sample_every is 10, which needs one device alone"),
     ],
 )

@@ -1,0 +1,98 @@
+"""`scripts/simulate_controller.py`: runs the closed loop, and writes records, summary and figure."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import jaxchunk
+from jaxchunk import environment
+from jaxchunk.errors import InputError
+from jaxchunk.plotting.controller import plot_controller
+from jaxchunk.run_dir import RunDirectory, new_run_path
+from jaxchunk.simulation import adaptive, devices
+from jaxchunk.simulation.adaptive import Run
+from jaxchunk.tuning.policy import Rules
+
+_BIN_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulateControllerConfig:
+    """Adaptive chunks on a simulated GPU."""
+
+    device: str = "gb10"
+    """gb10, l40s, h200, or a device file; it needs a table `training`."""
+    candidates: tuple[int, ...] = (1, 4, 16)
+    """Chunk counts that the policy chooses from."""
+    objective: Literal["time", "energy", "edp"] = "time"
+    """What it minimises."""
+    constants: float = adaptive.SCENARIO_CONSTANTS
+    """Length of the simulation, in thermal time constants of the device."""
+    seed: int = 0
+    """Of the plant."""
+    out_dir: str | None = None
+    """Where records, summary and figure go. Default: a new directory under runs/."""
+    overwrite: bool = False
+    """Replace a run that out_dir holds."""
+
+
+def run(config: SimulateControllerConfig) -> dict[str, Any]:
+    """Simulates, and writes everything into the run's directory.
+
+    Returns:
+      The summary.
+
+    Raises:
+      InputError: the device or a flag cannot be used.
+    """
+    gpu = devices.load(config.device)
+    if not config.candidates or min(config.candidates) < 1:
+        raise InputError(f"--candidates is {' '.join(map(str, config.candidates))}; give counts from 1 on")
+    if not 1 <= config.constants < float("inf"):
+        raise InputError(f"--constants is {config.constants}; it must be at least 1, and finite")
+    gpu.phases("training", "random", max(config.candidates))  # says so at once where there is none
+    constant_s = gpu.profile.thermal.time_constant_s
+    end_s = config.constants * constant_s
+    scenario = [d for d in adaptive.SCENARIO if d.constants < config.constants]
+    options: dict[str, Any] = {"scenario": scenario, "end_s": end_s, "seed": config.seed}
+    directory = RunDirectory(config.out_dir or new_run_path("simulate-controller"), overwrite=config.overwrite)
+    with directory:
+        directory.write_json("config.json", dataclasses.asdict(config))
+        directory.write_json("env.json", {"jaxchunk": jaxchunk.__version__, "git_commit": environment.git_commit()})
+        runs = {}
+        for n in sorted(set(config.candidates)):
+            print(f"simulating {gpu.profile.name} for {end_s / 60:.0f} minutes at {n} chunk(s) ...", flush=True)
+            runs[str(n)] = adaptive.run_fixed(gpu, n, **options)
+        print("simulating the policy ...", flush=True)
+        rules = Rules(tuple(sorted(set(config.candidates))), thermal_constant_s=constant_s)
+        ours = adaptive.run_adaptive(gpu, rules, config.objective, **options)
+        fixed = {int(n): fixed for n, fixed in runs.items()}
+        summary = adaptive.compare(ours, fixed, scenario=scenario, constant_s=constant_s, end_s=end_s)
+        summary = {"what": "SIMULATION: nothing here was measured"} | summary
+        for decision in ours.decisions:
+            directory.append("chunks.jsonl", decision)
+        bins = _bins(ours, {**runs, "adaptive": ours}, end_s)
+        directory.write_json("bins.json", bins)
+        directory.write_json("summary.json", summary)
+        figure = plot_controller(directory.path, bins, ours.decisions, summary, gpu.profile.name)
+    print(json.dumps(summary, indent=2))
+    print(f"figure: {Path(figure)}")
+    return summary
+
+
+def _bins(ours: Run, runs: dict[str, Run], end_s: float) -> dict[str, Any]:
+    """Means over half a minute each, for the figure."""
+    edges_s = np.arange(0.0, end_s + 1e-9, _BIN_S)
+    middles_s = (edges_s[1:] + edges_s[:-1]) / 2
+    ends_s = np.array([step.end_s for step in ours.steps])
+    at = np.minimum(np.searchsorted(ends_s, middles_s), len(ends_s) - 1)
+    return {
+        "time_s": middles_s.tolist(),
+        "throughput": {name: np.round(run.rates(edges_s), 6).tolist() for name, run in runs.items()},
+        "num_chunks": [ours.steps[i].num_chunks for i in at],
+        "temperature_c": [round(ours.steps[i].temperature_c, 2) for i in at],
+        "clock_mhz": [round(ours.steps[i].clock_mhz, 1) for i in at],
+    }

@@ -1,0 +1,157 @@
+"""A chunk count that is left open: what is chosen, written down and kept by a run that goes on."""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxchunk.errors import InputError
+from jaxchunk.run_dir import RunDirectory, read_json_lines
+from jaxchunk.training import checkpoint, chunks, loop, plan
+from jaxchunk.training.checkpoint import load_params
+from jaxchunk.training.config import TrainConfig, validate
+from jaxchunk.tuning import ChunkChoice
+from jaxchunk.tuning.controller import Controller
+
+
+@pytest.fixture
+def adaptive(config):
+    """Thermal constants of a moment: a visit to a count lasts some steps."""
+    return dataclasses.replace(
+        config, lmhead_chunks="adaptive", chunk_candidates=(1, 4), chunk_thermal_s=0.02, steps=150, val_every=0,
+        checkpoint_every=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def auto(adaptive):
+    return dataclasses.replace(adaptive, lmhead_chunks="auto", chunk_budget_s=0.2)
+
+
+def test_auto_is_settled_before_training_and_kept_by_a_run_that_goes_on(auto, monkeypatch, capsys):
+    loop.train(auto)
+    path = Path(auto.out_dir)
+    chosen = json.loads((path / "env.json").read_text())["chosen"]
+    choice = ChunkChoice.from_dict(chosen["lmhead_chunks_choice"])
+    assert choice.num_chunks == chosen["lmhead_chunks"] in (1, 4) and choice.num_tokens == 64
+    assert json.loads((path / "config.json").read_text())["lmhead_chunks"] == choice.num_chunks
+    assert f"chunks  {choice.num_chunks}, measured in " in capsys.readouterr().out
+    assert load_params(path).config.lmhead_chunks == choice.num_chunks
+
+    def not_again(*_, **__):
+        raise AssertionError("it is settled")
+
+    monkeypatch.setattr(chunks, "choose_num_chunks", not_again)
+    loop.train(dataclasses.replace(auto, resume=True))
+
+
+def decisions(config):
+    return read_json_lines(Path(config.out_dir) / "chunks.jsonl")
+
+
+def test_an_adaptive_run_tries_its_candidates_and_says_why(adaptive, capsys):
+    assert loop.train(adaptive)["status"] == "completed"
+    records = decisions(adaptive)
+    assert [record["event"] for record in records][:1] == ["explore"]
+    assert "commit" in [record["event"] for record in records]
+    assert all(
+        record["reason"] and record["num_chunks"] in (1, 4) and record["window"]["cost"] > 0 for record in records
+    )
+    assert records[0]["num_chunks"] == 1 and "1 chunks are tried against 4" in records[0]["reason"]
+    out = capsys.readouterr().out
+    assert "chunks  adaptive: 1, 4, by time; decisions in chunks.jsonl" in out and "chunks: 1 chunks are tried" in out
+    path = Path(adaptive.out_dir)
+    assert json.loads((path / "config.json").read_text())["lmhead_chunks"] == "adaptive"
+    assert json.loads((path / "env.json").read_text())["chosen"]["lmhead_chunks_adaptive"] == [1, 4]
+    losses = [record["loss"] for record in read_json_lines(path / "steps.jsonl")]
+    fixed = dataclasses.replace(adaptive, lmhead_chunks=4, out_dir=str(path) + "-fixed")
+    loop.train(fixed)
+    same = [record["loss"] for record in read_json_lines(Path(fixed.out_dir) / "steps.jsonl")]
+    np.testing.assert_allclose(losses, same, rtol=1e-3)  # rounding grows with the steps
+
+
+def test_an_adaptive_run_goes_on_with_what_it_knows(adaptive, monkeypatch):
+    append = RunDirectory.append
+
+    def append_and_stop(self, name, record):
+        append(self, name, record)
+        if name == "chunks.jsonl":
+            monkeypatch.setattr(RunDirectory, "append", append)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunDirectory, "append", append_and_stop)
+    done = loop.train(adaptive)["steps"]
+    saved = checkpoint.read_about(Path(adaptive.out_dir), done)["chunk_controller"]
+    assert saved["candidates"] == [1, 4] and done < 150
+    before, taken_up = decisions(adaptive), []
+    go_on_from = Controller.go_on_from
+    monkeypatch.setattr(Controller, "go_on_from", lambda self, saved: taken_up.append(saved) or go_on_from(self, saved))
+    assert loop.train(dataclasses.replace(adaptive, resume=True))["steps"] == 150
+    assert taken_up == [saved]
+    assert decisions(adaptive)[: len(before)] == before
+
+
+def test_candidates_that_do_not_compile_are_left_out(adaptive, monkeypatch, caplog):
+    compile_programs = plan.compile_programs
+
+    def broken(config, *arguments):
+        if config.lmhead_chunks == 1:
+            raise RuntimeError("no such tile\nand more")
+        return compile_programs(config, *arguments)
+
+    monkeypatch.setattr(plan, "compile_programs", broken)
+    loop.train(adaptive)
+    assert "1 chunk(s) are left out: no such tile" in caplog.text
+    assert {record["num_chunks"] for record in decisions(adaptive)} <= {4}
+
+
+@pytest.mark.parametrize("how", ["auto", "adaptive"])
+def test_energy_is_refused_where_there_is_none(auto, how, caplog):
+    energy = dataclasses.replace(auto, lmhead_chunks=how, chunk_objective="energy")
+    with pytest.raises(InputError, match="no source of it here"):
+        loop.train(energy)
+    assert not Path(auto.out_dir).exists()
+    loop.train(dataclasses.replace(energy, chunk_time_if_no_energy=True, cache_dir=auto.cache_dir))
+    assert "no energy here" in caplog.text
+
+
+def test_the_reference_has_nothing_to_adapt(adaptive):
+    with pytest.raises(InputError, match="reference has no chunks"):
+        loop.train(dataclasses.replace(adaptive, lmhead_impl="reference"))
+
+
+def test_the_head_may_have_what_the_rest_leaves(auto, monkeypatch):
+    asked = {}
+
+    def choose(hidden, weight, **options):
+        asked.update(options, hidden=hidden.shape)
+        return ChunkChoice(4, "", "time", 64, "xla", (), {}, 0.0)
+
+    monkeypatch.setattr(chunks, "choose_num_chunks", choose)
+    model = chunks.qwen2.SIZES["tiny"]
+    for limit_bytes, config, expected in [
+        (None, auto, None),
+        (10**9, auto, pytest.approx(0.94e9, rel=0.1)),
+        (10**9, dataclasses.replace(auto, chunk_memory_gb=0.5), 5 * 10**8),
+    ]:
+        settled, _ = chunks.settle(config, model, limit_bytes)
+        assert settled.num_chunks == 4 and asked["memory_budget_bytes"] == expected
+        assert asked["hidden"] == (4, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lmhead_chunks": 0}, "--lmhead_chunks is 0; it must be at least 1, auto or adaptive"),
+        ({"chunk_candidates": (4, 0)}, "--chunk_candidates is 4 0"),
+        ({"chunk_memory_gb": 0.0}, "--chunk_memory_gb is 0"),
+        ({"chunk_thermal_s": 0.0}, "--chunk_thermal_s is 0"),
+        ({"chunk_budget_s": -1.0}, "--chunk_budget_s is -1"),
+    ],
+)
+def test_flags_out_of_their_domain(changes, said):
+    with pytest.raises(InputError, match=said):
+        validate(dataclasses.replace(TrainConfig(), **changes))
