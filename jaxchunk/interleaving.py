@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxchunk.lm_head.varying import varying_axes, varying_over
+
 Stage = Callable[..., Any]
 
 
@@ -67,8 +69,9 @@ def interleave(
         result = run(rows, shared)
         return (result[0], _wide(result[1], accum_dtype)) if sums else result
     leaves, tree = jax.tree.flatten(shared)
-    fixed = [lax.stop_gradient(leaf) if _is_float(leaf) else leaf for leaf in leaves]
-    zeros = [_zeros_for_cotangents(accum_dtype, leaf) if _is_float(leaf) else None for leaf in leaves]
+    axes = varying_axes(*jax.tree.leaves(rows))  # inside of a jax.shard_map: what is summed over them is summed once
+    zeros = [varying_over(_zeros_for_cotangents(accum_dtype, a), axes) if _is_float(a) else None for a in leaves]
+    fixed = [varying_over(lax.stop_gradient(a), axes) if _is_float(a) else a for a in leaves]
 
     def step(chunk: Any, zeros: list[Array | None]) -> Any:
         pairs = zip(fixed, zeros, strict=True)
@@ -103,7 +106,8 @@ def _wide(tree: Any, accum_dtype: DTypeLike) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _zeros_for_cotangents(accum_dtype: DTypeLike, leaf: Any) -> Array:
-    return jnp.zeros(jnp.shape(leaf), _at_least(accum_dtype, jnp.result_type(leaf)))
+    zeros = jnp.zeros(jnp.shape(leaf), _at_least(accum_dtype, jnp.result_type(leaf)))
+    return varying_over(zeros, varying_axes(jnp.asarray(leaf)))
 
 
 _zeros_for_cotangents.defvjp(
@@ -145,7 +149,8 @@ def _in_chunks(
     zeros = None
     if sums:
         first = jax.eval_shape(step, jax.tree.map(lambda a: a[0], chunks), shared)[1]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _at_least(accum_dtype, s.dtype)), first)
+        axes = varying_axes(*jax.tree.leaves(rows))
+        zeros = jax.tree.map(lambda s: varying_over(jnp.zeros(s.shape, _at_least(accum_dtype, s.dtype)), axes), first)
     total, results = lax.scan(body, zeros, chunks)
     results = jax.tree.map(joined, results)
     if whole_chunks * chunk_rows < num_rows:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxchunk import interleave
 
@@ -146,3 +148,19 @@ def test_bad_rows_are_named(rows, options, words):
 def test_a_stage_that_is_not_row_wise_is_named():
     with pytest.raises(ValueError, match=r"of a chunk of 2 rows the stages made \(3,\); axis 0 must have 2 too"):
         interleave(lambda x, _: jnp.sum(x, 0), jnp.zeros((4, 3)), num_chunks=2)
+
+
+def test_over_a_mesh_every_device_has_rows_of_its_own():
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    x, weights = operands(T=24)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def chunked(x, w):
+        results, total = interleave([up, softmax, lambda p, w: (down(p, w), jnp.sum(p))], x, w, num_chunks=3, sums=True)
+        return jax.lax.psum(jnp.sum(results**2) + total, "data")
+
+    sharded = jax.shard_map(chunked, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    expected = lambda x, w: jnp.sum(unchunked(x, w) ** 2) + x.shape[0]  # noqa: E731
+    found = jax.jit(jax.value_and_grad(sharded, (0, 1)))(x, weights)
+    chex.assert_trees_all_close(found, jax.value_and_grad(expected, (0, 1))(x, weights), rtol=1e-4, atol=1e-5)

@@ -22,6 +22,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float64, Int, PRNGKeyArray
 
+from jaxchunk.interleaving import interleave
 from jaxchunk.models import partition
 
 Params = dict[str, Any]
@@ -107,6 +108,7 @@ class Execution:
       remat: what the backward pass recomputes in a block: "none"; "dots", everything but GEMM outputs; "full",
         everything.
       scan_layers: compile one block and loop over it, instead of all blocks.
+      mlp_chunks: chunks of tokens in which each block's MLP runs (`interleave`), 1 for none.
       sharded: whether this is inside of a `jax.shard_map` over the axes of `partition`, with parameters as its rules
         shard them.
     """
@@ -116,6 +118,7 @@ class Execution:
     remat: Remat = "none"
     scan_layers: bool = False
     sharded: bool = False
+    mlp_chunks: int = 1
 
     def __post_init__(self) -> None:
         if self.remat not in get_args(Remat):
@@ -235,9 +238,9 @@ def hidden_states(
 
     def block(x: Array, layer: Params) -> Array:
         if not execution.sharded:
-            return decoder_block(config, attend, rotation, x, layer)
+            return decoder_block(config, attend, rotation, x, layer, mlp_chunks=execution.mlp_chunks)
         layer = partition.gather_block(layer, jnp.dtype(dtype))
-        return decoder_block(config, attend, rotation, x, layer, partition.sum_over_model)
+        return decoder_block(config, attend, rotation, x, layer, partition.sum_over_model, execution.mlp_chunks)
 
     if not execution.sharded:
         with jax.named_scope("weights_cast"):
@@ -276,6 +279,7 @@ def decoder_block(
     x: Float[Array, "B S D"],
     layer: Params,
     add_up: Callable[[Array], Array] = lambda part: part,
+    mlp_chunks: int = 1,
 ) -> Float[Array, "B S D"]:
     """One block on the residual stream `x`.
 
@@ -286,10 +290,11 @@ def decoder_block(
       x: residual stream.
       layer: the block's parameters, in the compute dtype (`cast_weights`).
       add_up: what is done to each branch before it is added: the sum over devices that have a part of it each.
+      mlp_chunks: chunks of tokens in which the MLP runs.
     """
     attended = _attention(config, attend, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
     x = x + add_up(attended)
-    return x + add_up(_mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer))
+    return x + add_up(_mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer, mlp_chunks))
 
 
 @jax.named_scope("attention")
@@ -306,8 +311,22 @@ def _attention(
 
 
 @jax.named_scope("mlp")
-def _mlp(x: Float[Array, "B S D"], layer: Params) -> Float[Array, "B S D"]:
-    return _linear(jax.nn.silu(_linear(x, layer, "gate")) * _linear(x, layer, "up"), layer, "down")
+def _mlp(x: Float[Array, "B S D"], layer: Params, num_chunks: int) -> Float[Array, "B S D"]:
+    def products(x: Array, layer: Params) -> tuple[Array, Array]:
+        return _linear(x, layer, "gate"), _linear(x, layer, "up")
+
+    def gated(projected: tuple[Array, Array], _: Params) -> Array:
+        gate, up = projected
+        return jax.nn.silu(gate) * up
+
+    def down(x: Array, layer: Params) -> Array:
+        return _linear(x, layer, "down")
+
+    if num_chunks == 1:
+        return down(gated(products(x, layer), layer), layer)
+    weights = {name: leaf for name, leaf in layer.items() if name.startswith(("gate_", "up_", "down_"))}
+    rows = x.reshape(1, -1, x.shape[-1])
+    return interleave([products, gated, down], rows, weights, num_chunks=num_chunks, axis=1).reshape(x.shape)
 
 
 def _linear(x: Float[Array, "B S I"], layer: Params, name: str) -> Float[Array, "B S O"]:

@@ -40,7 +40,9 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         f"micro-batch{each} ({plan.lm_head.reason})",
         **_chunks(plan),
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
-        "layers": ("scanned" if config.scan_layers else "unrolled") + f", remat {config.remat}",
+        "layers": ("scanned" if config.scan_layers else "unrolled")
+        + f", remat {config.remat}"
+        + (f", MLP in {config.mlp_chunks} chunks" if config.mlp_chunks > 1 else ""),
         "memory": programs.memory_plan.describe(),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
         "compiled in": _compile_times(programs),

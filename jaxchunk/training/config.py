@@ -86,6 +86,8 @@ class TrainConfig:
     """Attention implementation. Default: cudnn where it can run."""
     remat: qwen2.Remat = "none"
     """What the backward pass recomputes in a block: none, dots (all but GEMM outputs) or full."""
+    mlp_chunks: int = 1
+    """Token chunks in which the MLP of each block runs, in each micro-batch: the LM head's trick there. 1 for none."""
     scan_layers: bool = False
     """Compile one block and loop over it: faster to compile, slower to run."""
     mesh_data: int | None = None
@@ -209,7 +211,7 @@ def validate(config: TrainConfig) -> None:
     if any(count < 1 for count in config.chunk_candidates):
         raise InputError(f"--chunk_candidates is {' '.join(map(str, config.chunk_candidates))}; give counts from 1 on")
     for name in (
-        *("seq_len", "batch_size", "steps", "val_batches", "max_bad_steps", "sample_tokens"),
+        *("seq_len", "batch_size", "mlp_chunks", "steps", "val_batches", "max_bad_steps", "sample_tokens"),
         *("mesh_data", "mesh_fsdp", "mesh_model"),
     ):
         value = getattr(config, name)

@@ -152,7 +152,7 @@ def prepare(config: TrainConfig, devices: Devices, about: dict[str, Any] | None 
     except ValueError as error:
         raise InputError(str(error)) from None
     dtype, sharded = jax.numpy.dtype(config.compute_dtype), devices.mesh is not None
-    execution = qwen2.Execution(dtype, attention, config.remat, config.scan_layers, sharded)
+    execution = qwen2.Execution(dtype, attention, config.remat, config.scan_layers, sharded, config.mlp_chunks)
     limit_bytes = device_memory.limit_bytes(devices.local[0])
     config, choice = chunks.settle(config, model.config, limit_bytes)
     sampler = make_sampler(config, model.config, execution, dataset, split)

@@ -33,7 +33,16 @@ _FREE = (
     "chunk_time_if_no_energy",
 )
 # Flags under which the same is computed in another order.
-_ROUNDING = ("micro_batch_size", "lmhead_chunks", "lmhead_impl", "attention", "remat", "scan_layers", "deterministic")
+_ROUNDING = (
+    "micro_batch_size",
+    "lmhead_chunks",
+    "lmhead_impl",
+    "attention",
+    "remat",
+    "scan_layers",
+    "deterministic",
+    "mlp_chunks",
+)
 _BY_CONTENT = ("data", "tokenizer")  # a file may be elsewhere now, with the same in it
 
 

@@ -114,6 +114,13 @@ def test_remat_and_scan_change_nothing_but_cost(remat, scan_layers, params, toke
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("num_chunks", "remat"), [(3, "none"), (8, "full")])
+def test_an_mlp_in_chunks_changes_nothing_but_cost(num_chunks, remat, params, tokens, plain_gradients):
+    other = gradients_of(params, tokens, dataclasses.replace(FP32, mlp_chunks=num_chunks, remat=remat))
+    for a, b in zip(jax.tree.leaves(plain_gradients), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_layers_are_unrolled_unless_scanned(params, tokens):
     def loops(execution):
         run = jax.jit(lambda params: qwen2.hidden_states(CONFIG, params, tokens, execution))

@@ -26,10 +26,10 @@ def gpu():
 
 def test_it_leaves_what_the_brake_punishes(gpu):
     rules = Rules((1, 4), thermal_constant_s=CONSTANT_S, most_windows=12)
-    options = {"scenario": SCENARIO, "end_s": 480.0, "seed": 0}
+    options = {"scenario": SCENARIO, "end_s": 640.0, "seed": 0}
     ours = adaptive.run_adaptive(gpu, rules, "edp", **options)
     fixed = {n: adaptive.run_fixed(gpu, n, **options) for n in (1, 4)}
-    found = adaptive.compare(ours, fixed, scenario=SCENARIO, constant_s=CONSTANT_S, end_s=480.0)
+    found = adaptive.compare(ours, fixed, scenario=SCENARIO, constant_s=CONSTANT_S, end_s=640.0)
     assert {step.num_chunks for step in ours.steps} == {1, 4}
     assert found["switches"] == sum(
         a.num_chunks != b.num_chunks for a, b in zip(ours.steps, ours.steps[1:], strict=False)
@@ -39,8 +39,9 @@ def test_it_leaves_what_the_brake_punishes(gpu):
     assert found["events"][-1]["chunks_at_the_end"] == best
     assert best == 4 and found["steps_per_s_fixed"]["1"] < 0.96 * found["steps_per_s_fixed"]["4"]
     assert found["throughput_over_best_fixed"] > 0.95 and not any(step.num_chunks == 1 for step in ours.steps[-10:])
-    assert fixed[4].steps[-1].temperature_c > fixed[4].steps[len(fixed[4].steps) // 2].temperature_c + 4  # the hot room
-    assert np.all(np.diff([step.end_s for step in ours.steps]) > 0) and ours.steps[-1].end_s >= 480.0
+    before = next(step for step in reversed(fixed[4].steps) if step.end_s < 250.0)
+    assert fixed[4].steps[-1].temperature_c > before.temperature_c + 4  # the hot room
+    assert np.all(np.diff([step.end_s for step in ours.steps]) > 0) and ours.steps[-1].end_s >= 640.0
 
 
 def test_it_is_compared_with_the_best_after_every_disturbance():

@@ -66,7 +66,11 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     ("shape", "micro_batch_size", "options"),
-    [((2, 2, 2), 4, {"scan_layers": True}), ((1, 4, 1), 8, {}), ((2, 1, 2), 4, {"remat": "full", "scan_layers": True})],
+    [
+        ((2, 2, 2), 4, {"scan_layers": True}),
+        ((1, 4, 1), 8, {"mlp_chunks": 3}),
+        ((2, 1, 2), 4, {"remat": "full", "scan_layers": True}),
+    ],
     ids=str,
 )
 def test_a_mesh_gives_the_numbers_of_one_device(on_one_device, shape, micro_batch_size, options):

@@ -1,6 +1,7 @@
 """A run that is stopped and gone on with equals one that was not; what would make it another run is refused."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -323,14 +324,14 @@ class PoisonedSteps:
 
         def prepare_poisoned(*arguments):
             plan = prepare(*arguments)
-            poisoned = plan.programs._replace(train_step=lambda state, batch: self.step(plan, state, batch))
-            return dataclasses.replace(plan, programs=poisoned)
+            poisoned = {n: functools.partial(self.step, step) for n, step in plan.train_steps.items()}
+            return dataclasses.replace(plan, train_steps=poisoned)
 
         monkeypatch.setattr(loop, "prepare", prepare_poisoned)
 
-    def step(self, plan, state, batch):
+    def step(self, train_step, state, batch):
         number = int(state.step) + 1
-        state, metrics = plan.programs.train_step(state, batch)
+        state, metrics = train_step(state, batch)
         return state, metrics._replace(loss=metrics.loss * np.float32("nan")) if number in self.bad else metrics
 
 
