@@ -181,6 +181,33 @@ def chunk_states(
         yield start, x
 
 
+def lower_layers(
+    config: Qwen2Config,
+    params: Params,
+    shape: tuple[int, int],
+    *,
+    execution: Execution,
+    num_chunks: int,
+    cache_size: int | None = None,
+) -> list[jax.stages.Lowered]:
+    """The programs of one layer that `prefill` calls for prompts of `shape` [B, S], one for each chunk, lowered.
+
+    `prefill` finds what has been compiled; several can be compiled at once, in threads. Arguments as there, `params`
+    from `unstack_layers`.
+    """
+    B, S = shape
+    rows, count = split_rows(S, num_chunks)
+    size = S if cache_size is None else cache_size
+    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params["layers"][0])
+    memory = jax.ShapeDtypeStruct((B, size, config.num_key_value_heads, config.head_dim), execution.compute_dtype)
+
+    def lower(start: int) -> jax.stages.Lowered:
+        x = jax.ShapeDtypeStruct((B, min(rows, S - start), config.hidden_size), execution.compute_dtype)
+        return run_layer.lower(config, layer, x, memory, memory, start=start, attention=execution.attention)
+
+    return [lower(start) for start in range(0, rows * count, rows)]
+
+
 @functools.partial(jax.jit, static_argnames=("config", "start", "attention"), donate_argnames=("x", "keys", "values"))
 def run_layer(
     config: Qwen2Config,
