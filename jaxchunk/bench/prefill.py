@@ -82,7 +82,7 @@ def compile_variants(
     for seq_len, token_ids in prompts.items():
         for num_chunks in config.chunks:
             name = f"{seq_len} tokens, {num_chunks} {'chunk' if num_chunks == 1 else 'chunks'}"
-            obstacle = _compile(model, params, token_ids.shape, execution, num_chunks, weight_bytes)
+            obstacle = _compile(model, params, (config.batch_size, seq_len), execution, num_chunks, weight_bytes)
             if obstacle is None:
                 call = _Call(model, params, token_ids, execution, num_chunks)
                 yield Variant(name, call, factors=_factors(config, seq_len, num_chunks))
@@ -119,13 +119,13 @@ class _Call:
 def _compile(
     model: Qwen2Config,
     params: Params,
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     execution: Execution,
     num_chunks: int,
     weight_bytes: int,
 ) -> str | None:
     """Compiles the programs of a variant, several at a time; says why it does not fit, where it does not."""
-    lowered = lower_layers(model, params, shape[:2], execution=execution, num_chunks=num_chunks)
+    lowered = lower_layers(model, params, shape, execution=execution, num_chunks=num_chunks)
     try:
         with ThreadPoolExecutor(_COMPILING_THREADS) as pool:
             programs = list(pool.map(lambda program: program.compile(), lowered))

@@ -111,8 +111,8 @@ def checked_prompts(
             raise InputError(f"prompt {int(np.argmin(counts)) + 1} of {B} is empty; give it at least one token")
         check_positions(config, int(counts.max()))
     order = jnp.argsort(~valid, axis=1, stable=True)
-    moved = (jnp.take_along_axis(columns, order, axis=1) for columns in (token_ids, valid))
-    return Prompts(*moved, jnp.argsort(order, axis=1))
+    token_ids, valid = (jnp.take_along_axis(columns, order, axis=1) for columns in (token_ids, valid))
+    return Prompts(token_ids, valid, jnp.argsort(order, axis=1))
 
 
 def check_positions(config: Qwen2Config, num_tokens: int) -> None:
