@@ -76,7 +76,8 @@ def main() -> None:
         ids = text.encode(prompt, tokenizer, tokenizer_path, chat=config.chat, system=config.system)
         if not 1 <= config.prefill_chunks <= len(ids):
             raise InputError(
-                f"--prefill_chunks is {config.prefill_chunks}; the prompt has {len(ids)} tokens, and a chunk at least one"
+                f"--prefill_chunks is {config.prefill_chunks}; the prompt has {len(ids)} tokens, "
+                f"so it must be from 1 to {len(ids)}"
             )
         stops = text.find_stops(config.stop, tokenizer)
         attention, _ = choose_attention(model, len(ids), config.dtype)

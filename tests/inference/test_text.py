@@ -27,9 +27,9 @@ def tokenizer(path):
 
 def test_pieces_are_the_text_and_each_is_whole(path, tokenizer):
     ids = text.encode(WORDS, tokenizer, path)
-    assert len(ids) > len(WORDS)  # characters of several bytes, each a token
     pieces = list(text.decode_stream(ids, tokenizer))
-    assert "".join(pieces) == WORDS and not any("\ufffd" in piece for piece in pieces) and len(pieces) > 20
+    assert 20 < len(pieces) < len(ids)  # some tokens are a part of a character
+    assert "".join(pieces) == WORDS and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_what_ends_within_a_character_is_shown_at_the_end(path, tokenizer):
