@@ -20,7 +20,7 @@ class PlotConfig:
     """What to draw."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories that train.py, microbench.py, bench_train.py, bench_lm_head.py or bench_peers.py wrote."""
+    """Directories that train.py, microbench.py, prefill.py, or one of the bench_*.py wrote."""
 
 
 def main() -> None:
@@ -34,7 +34,9 @@ def main() -> None:
                 print(plotting.plot_training(run))
             elif figures.is_microbench(run):  # likewise
                 print(*figures.plot_microbench(run), sep="\n")
-            elif _has_training_arms(run):
+            elif _is_benchmark_with(run, "seq_lens"):
+                print(plotting.plot_prefill(run) or f"{run}: nothing was measured beside one chunk")
+            elif _is_benchmark_with(run, "piece_s"):
                 print(plotting.plot_training_arms(run))
             elif (run / "shapes.json").exists():
                 print(lm_head_shapes.report(run))
@@ -51,9 +53,9 @@ def main() -> None:
             print(figure or "no comparison of power and clocks: none of these runs has telemetry")
 
 
-def _has_training_arms(run: Path) -> bool:
+def _is_benchmark_with(run: Path, flag: str) -> bool:
     config = run / "config.json"
-    return (run / "records.jsonl").exists() and config.exists() and "piece_s" in json.loads(config.read_text())
+    return (run / "records.jsonl").exists() and config.exists() and flag in json.loads(config.read_text())
 
 
 if __name__ == "__main__":

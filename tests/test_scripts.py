@@ -2,13 +2,19 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from jaxchunk import data
+from jaxchunk.models import hf, qwen2
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -146,6 +152,62 @@ def test_runs_are_compared_and_what_is_none_is_refused(tmp_path):
     refused = run_script("report.py", tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == f"error: {tmp_path} holds no records of train.py\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small model with random weights and a tokenizer, as Hugging Face stores it."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    (directory / "text.txt").write_text("some words that come again and again")
+    data.train_or_load_tokenizer(data.read_corpus(directory / "text.txt"), 270, directory).save(
+        str(directory / "bpe.json")
+    )
+    config = qwen2.Qwen2Config(270, 32, 2, 4, 2, 48, tie_word_embeddings=True, max_position_embeddings=64)
+    params = jax.tree.map(lambda leaf: 20 * leaf, qwen2.init(config, jax.random.key(0)))
+    hf.save(config, params, directory / "model", tokenizer=directory / "bpe.json")
+    return directory / "model"
+
+
+def test_generate_writes_what_the_model_says(checkpoint, tmp_path):
+    (tmp_path / "prompt.txt").write_text("some words")
+    flags = ["--hf_model", checkpoint, "--dtype", "float32", "--max_new_tokens", 12]
+    done = run_script("generate.py", "--prompt_file", tmp_path / "prompt.txt", *flags, "--prefill_chunks", 2)
+    assert done.returncode == 0, done.stderr
+    config, params = hf.load(checkpoint)
+    tokenizer = data.load_tokenizer(checkpoint / "tokenizer.json")
+    ids = tokenizer.encode("some words", add_special_tokens=False).ids
+    expected = []
+    logits = jax.jit(lambda ids: qwen2.logits(config, params, ids))
+    for _ in range(12):
+        padded = jnp.asarray([[*ids, *expected] + [0] * (30 - len(ids) - len(expected))])
+        expected.append(int(jnp.argmax(logits(padded)[0, len(ids) + len(expected) - 1])))
+        if expected[-1] == tokenizer.token_to_id("<|endoftext|>"):
+            break
+    assert done.stdout == tokenizer.decode(expected).removesuffix("<|endoftext|>") + "\n"
+    assert f"{len(ids)} tokens of prompt, {len(expected)} new" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a"], "unrecognized"),
+        (["a", "--prompt_file", "b", "--hf_model", "x"], "error: give a prompt or --prompt_file, one of the two"),
+        (["a"], "error: give --hf_model or --run_dir, one of the two"),
+        (["a", "--temperature", "-1"], "error: --temperature is -1.0 and --top_p 1.0; the first must be"),
+        (["a b", "--hf_model", "MODEL", "--prefill_chunks", "9"], "error: --prefill_chunks is 9; the prompt has"),
+        (["a b", "--hf_model", "MODEL", "--max_new_tokens", "99"], "the model has 64 positions"),
+        (["a b", "--hf_model", "MODEL", "--chat"], "error: messages need a chat template"),
+        (["a b", "--hf_model", "MODEL", "--stop", "<end>"], "error: --stop has '<end>', which is no token"),
+    ],
+)
+def test_what_generate_refuses(flags, words, checkpoint, monkeypatch, capsys):
+    """In this process: the script has nothing to say to JAX before it refuses."""
+    path = SCRIPTS / "generate.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *(str(checkpoint) if flag == "MODEL" else flag for flag in flags)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err.replace("Unrecognized", "unrecognized")
 
 
 def test_the_loss_and_the_step_import_no_telemetry():

@@ -130,6 +130,16 @@ SIZES = {
     "qwen2-0.5b": Qwen2Config(151936, 896, 24, 14, 2, 4864, tie_word_embeddings=True),
     "qwen2-1.5b": Qwen2Config(151936, 1536, 28, 12, 2, 8960, tie_word_embeddings=True),
     "qwen2-7b": Qwen2Config(152064, 3584, 28, 28, 4, 18944, tie_word_embeddings=False),
+    # Llama 3.1: the shapes of Llama 3, with positions for 131072 tokens.
+    "llama3-8b": Qwen2Config(
+        *(128256, 4096, 32, 32, 8, 14336),
+        tie_word_embeddings=False,
+        rope_theta=5e5,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131072,
+        attention_bias=False,
+        rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192),
+    ),
 }
 
 

@@ -4,6 +4,7 @@ Those that need the statistics of benchmarks are in `jaxchunk.bench.figures`.
 """
 
 from jaxchunk.plotting.lm_head import AUTODIFF, FLOOR, plot_lm_head, plot_multiples_of_floor
+from jaxchunk.plotting.prefill import plot_prefill
 from jaxchunk.plotting.simulation import plot_simulation
 from jaxchunk.plotting.step_profile import plot_step_profile
 from jaxchunk.plotting.training import plot_comparison, plot_losses, plot_training
@@ -16,6 +17,7 @@ __all__ = [
     "plot_lm_head",
     "plot_losses",
     "plot_multiples_of_floor",
+    "plot_prefill",
     "plot_simulation",
     "plot_step_profile",
     "plot_training",

@@ -34,7 +34,7 @@ def export_run(
       InputError: the run has no checkpoint that can be read, its tokenizer is gone, or `out_dir` cannot be written.
     """
     saved = load_params(run_path, best=best)
-    tokenizer = _tokenizer_of(run_path) if tokenizer is None else tokenizer
+    tokenizer = tokenizer_of(run_path) if tokenizer is None else tokenizer
     hf.save(saved.model, saved.params, out_dir, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size)
     return saved.step
 
@@ -60,7 +60,12 @@ def export_adapters(run_path: Path, out_dir: Path, *, best: bool = False) -> int
     return saved.step
 
 
-def _tokenizer_of(run_path: Path) -> Path | None:
+def tokenizer_of(run_path: Path) -> Path | None:
+    """The `tokenizer.json` that a run used; None where its data had none.
+
+    Raises:
+      InputError: it is gone.
+    """
     name = json.loads((run_path / "env.json").read_text())["data"]["tokenizer"]
     if name is None:
         return None

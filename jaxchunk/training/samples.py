@@ -14,7 +14,8 @@ from jaxchunk.data.chat import load_template
 from jaxchunk.data.examples import encode_prompt, is_examples, read_prompts
 from jaxchunk.data.tokenizer import stop_ids
 from jaxchunk.errors import InputError
-from jaxchunk.models import generation, qwen2
+from jaxchunk.inference import generate, pad_prompts
+from jaxchunk.models import qwen2
 from jaxchunk.training.config import TrainConfig
 
 _NUM_PROMPTS = 4  # taken from the data where none are given
@@ -42,10 +43,10 @@ class Sampler:
     def sample(self, params: qwen2.Params) -> list[dict[str, Any]]:
         """A record for every prompt: `prompt`, `completion`, its number of `tokens`, whether it `stopped` by itself."""
         stops = stop_ids(self.tokenizer)
-        generated = generation.generate(
+        generated = generate(
             self.model,
             params,
-            *generation.pad_prompts(self.prompts),
+            *pad_prompts(self.prompts),
             jax.random.key(0),
             execution=self.execution,
             max_new_tokens=self.max_new_tokens,

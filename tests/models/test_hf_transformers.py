@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchunk import data, lm_head_loss
+from jaxchunk import data, inference, lm_head_loss
 from jaxchunk.data.chat import CHATML, ChatTemplate
-from jaxchunk.models import generation, hf, lora, qwen2
+from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.models.hf.weights import tensors_of
 
 torch = pytest.importorskip("torch")
@@ -133,14 +133,35 @@ def test_greedy_generation_is_theirs(name, tmp_path):
     hf.save(config, params, tmp_path / "out")
     model = load_theirs(tmp_path / "out", torch.float32)
     prompts = [[5, 6, 7, 8, 9], [11, 12], [1, 2, 3, 4, 5, 6, 7]]
-    padded = generation.pad_prompts(prompts)
+    padded = inference.pad_prompts(prompts)
     execution = qwen2.Execution(compute_dtype=jnp.float32)
-    ours = generation.generate(config, params, *padded, jax.random.key(0), execution=execution, max_new_tokens=9)
-    for prompt, new in zip(prompts, ours.token_ids.tolist(), strict=True):
+    ours = [
+        inference.generate(
+            config, params, *padded, jax.random.key(0), execution=execution, max_new_tokens=9, num_chunks=num_chunks
+        ).token_ids.tolist()
+        for num_chunks in (1, 3)
+    ]
+    assert ours[0] == ours[1]
+    for prompt, new in zip(prompts, ours[0], strict=True):
         theirs = model.generate(
             torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert theirs[0, len(prompt) :].tolist() == new
+
+
+@pytest.mark.parametrize("name", ["tied", "llama 3.2"])
+def test_scores_are_their_log_probabilities(name, tmp_path):
+    config = CONFIGS[name]
+    params = random_params(config)
+    hf.save(config, params, tmp_path / "out")
+    model = load_theirs(tmp_path / "out", torch.float32)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 40))
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(torch.tensor(tokens)).logits, dim=-1).numpy()
+    theirs = np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
+    execution = qwen2.Execution(compute_dtype=jnp.float32)
+    ours = inference.score(config, params, jnp.asarray(tokens, jnp.int32), execution=execution, num_chunks=3)
+    assert_close(ours[:, 1:], theirs)
 
 
 def test_adapters_compute_the_same_in_peft(tmp_path):

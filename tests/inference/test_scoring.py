@@ -1,0 +1,42 @@
+"""Log-probabilities of texts against a log-softmax of all logits."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchunk.inference import score, scoring
+from jaxchunk.models import qwen2
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_every_token_has_its_log_probability(config, params, fp32, prompts, whole_logits, padded_anywhere, num_chunks):
+    token_ids, valid = padded_anywhere
+    found = np.asarray(score(config, params, token_ids, valid, execution=fp32, num_chunks=num_chunks))
+    assert found.shape == token_ids.shape and not found[~np.asarray(valid)].any()
+    for row, columns, prompt, logits in zip(found, np.asarray(valid), prompts, whole_logits, strict=True):
+        log_probs = jax.nn.log_softmax(logits)[:-1][jnp.arange(len(prompt) - 1), jnp.asarray(prompt[1:])]
+        np.testing.assert_allclose(row[columns], [0, *log_probs], rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_of_one_token_has_nothing_to_score(config, params, fp32):
+    assert score(config, params, jnp.asarray([[5]]), execution=fp32).tolist() == [[0.0]]
+
+
+def test_a_long_prompt_takes_less_than_a_gigabyte():
+    """32k tokens at Qwen2's vocabulary, where float32 logits would take 20 GB; the head alone, as it is compiled."""
+    config = qwen2.Qwen2Config(151936, 64, 1, 1, 1, 64, tie_word_embeddings=True)
+    head = {
+        "final_norm": jax.ShapeDtypeStruct((64,), jnp.float32),
+        "lm_head": jax.ShapeDtypeStruct((151936, 64), jnp.bfloat16),
+    }
+    x, labels = jax.ShapeDtypeStruct((1, 32768, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 32768), jnp.int32)
+    program = scoring._log_probs.lower(config, head, x, labels, "xla").compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1e9
+    largest = max(
+        np.prod([int(n) for n in shape.split(",")], dtype=np.int64)
+        for shape in re.findall(r"[a-z]+\d+\[([\d,]+)\]", program.as_text())
+    )
+    assert largest <= scoring.HEAD_TOKENS * 151936
