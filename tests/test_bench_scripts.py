@@ -105,12 +105,9 @@ def test_sampler_overhead(tmp_path):
 def test_prefill(tmp_path):
     path = tmp_path / "prefill"
     flags = ("--seq_lens", 32, 48, "--chunks", 1, 3, "--iters", 2, "--warmup", 1, "--out_dir", path)
-    status, out, err = run("prefill.py", *flags, "--repeats", 1)
+    status, out, err = run("prefill.py", *flags, "--repeats", 2)
     assert status == 0, err
     assert "| 48 | 3 | " in out and "energy null: JAX runs on cpu: no GPU to measure" in out
-    assert len(records(path)) == 4
-    status, out, err = run("prefill.py", *flags, "--repeats", 2, "--continue")
-    assert status == 0, err
     assert len(records(path)) == 8 and "48 tokens: " in out
     status, out, err = run("plot.py", path)
     assert status == 0 and "prefill.png" in out, err

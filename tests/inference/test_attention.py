@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxchunk.inference.attention import attend_causally, merge
 
@@ -27,7 +26,7 @@ def reference(q, k, v, before_k, before_v):
         return jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="xla")[:, P:]
 
 
-@pytest.mark.parametrize("P", [0, 1, 7])
+@pytest.mark.parametrize("P", [0, 7])
 def test_a_chunk_sees_what_was_before_it(P):
     given = operands(2, 5, P, 4, 2, 8, jnp.float32)
     np.testing.assert_allclose(attend_causally(*given, "xla"), reference(*given), rtol=1e-5, atol=1e-6)
@@ -47,12 +46,9 @@ def test_two_parts_merge_to_the_whole():
 def test_cudnn_is_given_no_mask_and_no_future_keys(monkeypatch):
     """Lowered for a GPU that is not there."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands(1, 64, 192, 4, 2, 64, jnp.bfloat16)]
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(lambda *given: attend_causally(*given, "cudnn")).trace(*given)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    traced = jax.jit(lambda *given: attend_causally(*given, "cudnn")).trace(*given)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
     masks = [re.search(r"mask_type[^A-Z]*([A-Z_]+)", line)[1] for line in calls]
     assert sorted(masks) == ["CAUSAL", "NO_MASK"]

@@ -29,17 +29,16 @@ def uncached(config, params, prompts):
     return found
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_greedy_tokens_are_those_without_a_cache(config, params, padded_anywhere, uncached, scan_layers):
-    execution = Execution(compute_dtype=jnp.float32, scan_layers=scan_layers)
-    out = inference.generate(config, params, *padded_anywhere, KEY, execution=execution, max_new_tokens=T)
+def test_greedy_tokens_are_those_without_a_cache(config, params, fp32, padded_anywhere, uncached):
+    out = inference.generate(config, params, *padded_anywhere, KEY, execution=fp32, max_new_tokens=T)
     assert out.token_ids.tolist() == uncached
     assert out.lengths.tolist() == [T] * 3
 
 
-@pytest.mark.parametrize("num_chunks", [2, 7])
-def test_greedy_tokens_do_not_depend_on_the_chunks_of_the_prefill(config, params, fp32, padded, uncached, num_chunks):
-    out = inference.generate(config, params, *padded, KEY, execution=fp32, max_new_tokens=T, num_chunks=num_chunks)
+@pytest.mark.parametrize(("num_chunks", "scan_layers"), [(2, False), (7, True)])
+def test_greedy_tokens_do_not_depend_on_how_the_model_is_run(config, params, padded, uncached, num_chunks, scan_layers):
+    execution = Execution(compute_dtype=jnp.float32, scan_layers=scan_layers)
+    out = inference.generate(config, params, *padded, KEY, execution=execution, max_new_tokens=T, num_chunks=num_chunks)
     assert out.token_ids.tolist() == uncached
 
 

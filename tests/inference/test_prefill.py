@@ -18,12 +18,11 @@ def test_logits_are_those_after_the_last_token_of_each_prompt(
     token_ids, valid = padded_anywhere
     for num_chunks in (1, 3):  # the shortest prompt ends in the first chunk
         logits, cache = prefill(config, params, token_ids, valid, execution=fp32, num_chunks=num_chunks)
-        expected = [rows[-1] for rows in whole_logits]
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, [rows[-1] for rows in whole_logits], rtol=1e-4, atol=1e-5)
         assert cache.valid.sum(axis=1).tolist() == [len(prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("num_chunks", [2, 3, 5, 9])  # 9 columns: ragged, and a token at a time
+@pytest.mark.parametrize("num_chunks", [2, 9])  # 9 columns: ragged, and a token at a time
 def test_chunks_give_the_logits_and_the_cache_of_one_piece(config, params, fp32, num_chunks):
     token_ids = jax.random.randint(jax.random.key(2), (2, 9), 0, config.vocab_size)
     expected, whole = prefill(config, params, token_ids, execution=fp32, cache_size=12)
@@ -54,7 +53,8 @@ def test_the_cache_goes_on_where_the_prompt_ended(config, params, fp32, prompts,
         _, cache = prefill(config, params, token_ids, valid, execution=fp32, num_chunks=num_chunks, cache_size=9)
         hidden, cache = inference.extend(config, params, cache, more, jnp.ones(more.shape, bool), fp32)
         seen.append(qwen2.head_logits(params, hidden)[:, -1])
-    whole = [qwen2.logits(config, params, jnp.asarray([[*prompt, 7, 8]]))[0, -1] for prompt in prompts]
+    run = jax.jit(lambda ids: qwen2.logits(config, params, ids)[0])
+    whole = [run(jnp.asarray([[*prompt, 7, 8] + [0] * (7 - len(prompt))]))[len(prompt) + 1] for prompt in prompts]
     for found in seen:
         np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="the cache has 9 columns, of which 9 are used; there is no room for 1 more"):

@@ -5,16 +5,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxchunk.inference import score, scoring
 from jaxchunk.models import qwen2
 
 
-@pytest.mark.parametrize("num_chunks", [1, 3])
-def test_every_token_has_its_log_probability(config, params, fp32, prompts, whole_logits, padded_anywhere, num_chunks):
+def test_every_token_has_its_log_probability(config, params, fp32, prompts, whole_logits, padded_anywhere):
     token_ids, valid = padded_anywhere
-    found = np.asarray(score(config, params, token_ids, valid, execution=fp32, num_chunks=num_chunks))
+    found = np.asarray(score(config, params, token_ids, valid, execution=fp32, num_chunks=3))
     assert found.shape == token_ids.shape and not found[~np.asarray(valid)].any()
     for row, columns, prompt, logits in zip(found, np.asarray(valid), prompts, whole_logits, strict=True):
         log_probs = jax.nn.log_softmax(logits)[:-1][jnp.arange(len(prompt) - 1), jnp.asarray(prompt[1:])]
