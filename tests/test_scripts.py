@@ -215,7 +215,8 @@ def test_the_loss_and_the_step_import_no_telemetry():
     program = (
         "import sys, jaxchunk.lm_head; "
         "ours = {m for m in sys.modules if m.startswith('jaxchunk.')}; "
-        "assert all(m.startswith('jaxchunk.lm_head') for m in ours), ours; "
+        # `interleaving`, which needs nothing but the loss's own helpers, comes with the package's face.
+        "assert all(m.startswith('jaxchunk.lm_head') for m in ours - {'jaxchunk.interleaving'}), ours; "
         "import jaxchunk.training.step; assert not any('telemetry' in m for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -147,7 +147,7 @@ def test_gradients_have_the_dtype_of_the_master_parameters(params, tokens):
 
 def test_sizes_have_their_published_number_of_parameters():
     counts = {name: round(qwen2.num_params(config) / 1e6) for name, config in qwen2.SIZES.items()}
-    assert counts == {"tiny": 1, "qwen2-0.5b": 494, "qwen2-1.5b": 1544, "qwen2-7b": 7616}
+    assert counts == {"tiny": 1, "qwen2-0.5b": 494, "qwen2-1.5b": 1544, "qwen2-7b": 7616, "llama3-8b": 8030}
 
 
 def test_init_is_deterministic_and_of_the_right_scale():
