@@ -7,6 +7,7 @@ those that were chosen when it was made, good or bad. And `--deterministic` is a
 key: such a program is never mistaken for another.
 """
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ import jax.monitoring
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _MOST_BYTES = 4 * 10**9  # a training step has some 10 MB
-_LEAST_COMPILE_S = 0.5  # what compiles faster is not worth a file
+_LEAST_COMPILE_S = 0.5  # what compiles faster is not worth a file, unless the user says so in JAX's own variable
+_LEAST_COMPILE_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _hits = threading.local()  # JAX tells of a hit in the thread that compiles
 
 
@@ -57,7 +59,8 @@ def keep_programs(cache_dir: Path) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_dir / "programs"))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_COMPILE_S)
+    if _LEAST_COMPILE_VARIABLE not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_COMPILE_S)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
