@@ -17,7 +17,7 @@ from jaxchunk.telemetry.reading import Reading
 from jaxchunk.telemetry.schedule import CounterSchedule
 from jaxchunk.telemetry.tracks import RAIL_PERIOD_S, SAMPLE_CALLS, THROTTLE_PERIOD_S, Tracks
 
-ATTENDED_SAMPLES_S = 0.05  # after the end of a window the device has the samples that its energy needs
+ATTENDED_SAMPLES_S = 0.1  # after the end of a window the device has the two samples more that its energy needs
 STOP_TIMEOUT_S = 10.0  # a driver that has lost its GPU can keep a call for ever
 RETRY_S = 0.1  # after an error in the sampler itself
 

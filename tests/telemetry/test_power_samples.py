@@ -14,7 +14,7 @@ from jaxchunk.telemetry import Monitor, ReadFailed, open_monitor
 from jaxchunk.telemetry.device import PowerSamples
 from jaxchunk.telemetry.power_samples import SampleCurve, SampleReader, distribute
 from jaxchunk.telemetry.reading import Reading
-from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive, make_counter_dear
 
 COUNTER_S = 0.0035  # what a reading of the counter costs on an H200
 
@@ -47,17 +47,7 @@ class Steps:
 def rig(profile, tmp_path=None, seed=1, **options):
     clock, cpu, generator = ManualClock(), ManualClock(), random.Random(seed)
     device = SimulatedDevice(profile, clock, tick_phase_s=generator.random() * 0.1, **options)
-    answer = device.total_energy_j
-
-    def dear_answer():
-        cpu.advance(COUNTER_S)
-        clock.advance(COUNTER_S * generator.uniform(0.2, 0.9))
-        try:
-            return answer()
-        finally:
-            clock.advance(COUNTER_S * generator.uniform(0.2, 0.9))
-
-    device.total_energy_j = dear_answer
+    make_counter_dear(device, clock, cpu, COUNTER_S, generator)
     record_path = None if tmp_path is None else tmp_path / "readings.jsonl"
     return clock, device, Monitor(device, now=clock, cpu_time=cpu, record_path=record_path)
 

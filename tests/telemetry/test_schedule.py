@@ -14,27 +14,16 @@ from jaxchunk.telemetry.schedule import (
     READINGS_PER_CHECK,
     CounterSchedule,
 )
-from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive
+from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice, drive, make_counter_dear
 
 POLL_S = 0.005
 
 
 def rig(cost_s, **device_options):
     """A simulated counter; every reading takes `cost_s` of processor time and up to 1.8 times that of wall time."""
-    clock, cpu, generator = ManualClock(), ManualClock(), random.Random(7)
+    clock, cpu = ManualClock(), ManualClock()
     device = SimulatedDevice(Constant(600.0), clock, **device_options)
-    answer, readings_s = device.total_energy_j, []
-
-    def dear_answer():
-        cpu.advance(cost_s)
-        clock.advance(cost_s * generator.uniform(0.2, 0.9))
-        try:
-            return answer()
-        finally:
-            clock.advance(cost_s * generator.uniform(0.2, 0.9))
-            readings_s.append(clock())
-
-    device.total_energy_j = dear_answer
+    readings_s = make_counter_dear(device, clock, cpu, cost_s, random.Random(7))
     return clock, cpu, device, Monitor(device, now=clock, cpu_time=cpu), readings_s
 
 

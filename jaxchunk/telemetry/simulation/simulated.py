@@ -221,6 +221,29 @@ class SimulatedDevice:
         return self.profile.energy_j(time_s) if time_s >= 0 else self.profile.power_w(0.0) * time_s
 
 
+def make_counter_dear(
+    device: SimulatedDevice, clock: ManualClock, cpu: ManualClock, cost_s: float, generator: random.Random
+) -> list[float]:
+    """Lets every reading of the counter take `cost_s` of processor time and 0.4 to 1.8 times that of wall time.
+
+    Returns:
+      The times at which readings were over, as they come.
+    """
+    answer, over_s = device.total_energy_j, list[float]()
+
+    def dear_answer() -> float:
+        cpu.advance(cost_s)
+        clock.advance(cost_s * generator.uniform(0.2, 0.9))
+        try:
+            return answer()
+        finally:
+            clock.advance(cost_s * generator.uniform(0.2, 0.9))
+            over_s.append(clock())
+
+    device.total_energy_j = dear_answer  # type: ignore[method-assign]
+    return over_s
+
+
 def drive(
     poll_once: Callable[[], float], clock: ManualClock, until_s: float, *, lateness_s: float = 0.0, seed: int = 0
 ) -> None:
