@@ -31,7 +31,7 @@ _SCOPE = re.compile(rf"\b({'|'.join(COMPONENTS)})\b")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One run of one kernel; times in seconds, `self_s` without what runs inside of it."""
+    """One run of one kernel; times in seconds, `self_s` without what is others': what runs inside of it, or before it."""
 
     name: str
     kind: str
@@ -108,7 +108,11 @@ def kernels_of(profile: Any, scopes: Mapping[str, str]) -> Iterator[Kernel]:
 
 
 def _of_line(events: Iterable[Any], scopes: Mapping[str, str], on_gpu: bool) -> Iterator[Kernel]:
-    """Kernels of a stream or thread, where one may contain others."""
+    """Kernels of a stream or thread, where one may contain others.
+
+    On a stream a kernel may also begin before the one in front of it has ended (programmatic dependent launch). It
+    waits for it then, so the time of both is the earlier one's.
+    """
     found = []
     with warnings.catch_warnings():
         # jaxlib 0.11 makes the type of `stats` at its first use, how Python 3.12 deprecates; as an error that aborts.
@@ -117,21 +121,26 @@ def _of_line(events: Iterable[Any], scopes: Mapping[str, str], on_gpu: bool) -> 
             stats = dict(event.stats)
             if on_gpu or "hlo_op" in stats:
                 found.append((event.start_ns, event.start_ns + event.duration_ns, event.name, stats))
-    inner_ns: dict[int, float] = defaultdict(float)
+    others_ns: dict[int, float] = defaultdict(float)
     open_events: list[int] = []
     found.sort(key=lambda event: (event[0], -event[1]))
     for i, (start_ns, end_ns, _, _) in enumerate(found):
         while open_events and found[open_events[-1]][1] <= start_ns:
             open_events.pop()
         if open_events:
-            inner_ns[open_events[-1]] += end_ns - start_ns
+            outer = open_events[-1]
+            outer_end_ns = found[outer][1]
+            if end_ns <= outer_end_ns:
+                others_ns[outer] += end_ns - start_ns
+            else:
+                others_ns[i] += outer_end_ns - start_ns
         open_events.append(i)
     for i, (start_ns, end_ns, name, stats) in enumerate(found):
         instruction = re.sub(r"\W", "_", str(stats.get("hlo_op", name)))
         op_name = str(scopes.get(instruction) or stats.get("tf_op") or stats.get("name") or "")
         yield Kernel(
             name, _kind(name, op_name), component_of(op_name), start_ns / 1e9, end_ns / 1e9,
-            (end_ns - start_ns - inner_ns[i]) / 1e9,
+            (end_ns - start_ns - others_ns[i]) / 1e9,
         )  # fmt: skip
 
 
