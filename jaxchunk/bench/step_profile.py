@@ -31,7 +31,7 @@ _SCOPE = re.compile(rf"\b({'|'.join(COMPONENTS)})\b")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One run of one kernel; times in seconds, `self_s` without what is others': what runs inside of it, or before it."""
+    """One run of one kernel; times in seconds, `self_s` without what runs inside of it and what it waited for."""
 
     name: str
     kind: str

@@ -25,6 +25,7 @@ from jaxchunk.bench.step_process import StepProcesses
 from jaxchunk.bench.training_summary import summarize, table
 from jaxchunk.compilation import keep_programs
 from jaxchunk.errors import InputError, RunFailedError
+from jaxchunk.models import qwen2
 from jaxchunk.run_dir import RunDirectory
 from jaxchunk.training import config as training_config
 from jaxchunk.training.config import TrainConfig
@@ -33,7 +34,10 @@ from jaxchunk.training.plan import Plan, prepare
 
 _logger = logging.getLogger("jaxchunk")
 OURS = "jaxchunk"
-_FROM_TRAINER = ("model", "data", "seq_len", "batch_size", "micro_batch_size", "lmhead_impl", "seed", "cache_dir")
+_FROM_TRAINER = (
+    *("model", "data", "seq_len", "batch_size", "micro_batch_size", "lmhead_impl", "elementwise", "remat", "seed"),
+    "cache_dir",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,10 @@ class TrainingBenchConfig(BenchConfig):
     """Sequences in a micro-batch. Default: as many as fit in memory. That of the peers is always found."""
     lmhead_impl: str | None = None
     """Implementation of the LM head's loss. Default: by device."""
+    elementwise: Literal["pallas", "xla"] | None = None
+    """Our norms and SwiGLU, as for train.py."""
+    remat: qwen2.Remat = "none"
+    """What our backward pass recomputes, as for train.py."""
     cache_dir: str | None = None
     """Where tokens and compiled programs are kept. Default: jaxchunk under the user's cache directory."""
     compilation_cache: bool = True

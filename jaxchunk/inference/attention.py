@@ -50,11 +50,17 @@ def _part(q: Array, k: Array, v: Array, *, is_causal: bool) -> Part:
 
     `return_residual` would give them too, but rounded to the dtype of the output: 1% of a token's weights at 32k keys.
     """
+    B, T = q.shape[:2]
+    num_keys = k.shape[1]
+    # JAX refuses odd lengths to a gradient, as if there were a bias. A key too many is after every causal query.
+    q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
+    lengths = jnp.full((B,), num_keys, jnp.int32) if num_keys % 2 and not is_causal else None
 
     def attend(q: Array) -> Array:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
 
-    B, T, N, _ = q.shape
     out, pullback = jax.vjp(attend, q)
-    (lse,) = [leaf for leaf in jax.tree.leaves(pullback) if leaf.dtype == jnp.float32 and leaf.shape == (B, N, T)]
-    return out, jnp.swapaxes(lse, 1, 2)[..., None]
+    (lse,) = [leaf for leaf in jax.tree.leaves(pullback) if leaf.dtype == jnp.float32 and leaf.ndim == 3]
+    return out[:, :T], jnp.swapaxes(lse[..., :T], 1, 2)[..., None]

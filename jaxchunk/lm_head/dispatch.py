@@ -77,7 +77,7 @@ def choose_implementation(
         names = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation is {implementation!r}; it must be one of {names}, or None to choose")
     if implementation == "pallas":
-        obstacle = _pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
+        obstacle = pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
         if obstacle is not None:
             raise ValueError(f"implementation='pallas' cannot run: {obstacle}; use 'xla', or None to choose by device")
     if implementation in FUSED:
@@ -92,7 +92,7 @@ def choose_implementation(
 
 
 def _fastest(platform: str, compute_dtype: jax.numpy.dtype, head: Head | None) -> Choice:
-    obstacle = _pallas_obstacle(platform, compute_dtype)
+    obstacle = pallas_obstacle(platform, compute_dtype)
     if obstacle is not None:
         return Choice("xla", f"pallas cannot run: {obstacle}")
     if not is_hopper():  # `fused` may be able to run, but nobody has measured it on such a device
@@ -218,7 +218,8 @@ def log_choice(choice: Choice, chunk_rows: int, num_chunks: int) -> None:
     _logger.info("lm_head_loss: %s, %s (%s)", choice.implementation, chunks, choice.reason)
 
 
-def _pallas_obstacle(platform: str, compute_dtype: jax.numpy.dtype) -> str | None:
+def pallas_obstacle(platform: str, compute_dtype: jax.numpy.dtype) -> str | None:
+    """Why kernels in Pallas Triton cannot run on a platform; None where they can."""
     if platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU and JAX runs on {platform}"
     if "rocm" in _platform_version():
@@ -233,7 +234,7 @@ def _pallas_obstacle(platform: str, compute_dtype: jax.numpy.dtype) -> str | Non
 
 
 def _fused_obstacle(platform: str, compute_dtype: jax.numpy.dtype, head: Head | None) -> str | None:
-    obstacle = _pallas_obstacle(platform, compute_dtype)
+    obstacle = pallas_obstacle(platform, compute_dtype)
     if obstacle is not None:
         return obstacle
     if is_hopper():

@@ -12,6 +12,7 @@ V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -23,11 +24,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float64, Int, PRNGKeyArray
 
 from jaxchunk.interleaving import interleave
+from jaxchunk.lm_head.varying import varying_alike
 from jaxchunk.models import partition
+from jaxchunk.models.elementwise import Elementwise, can_gate, residual_norm, swiglu, swiglu_gradient
 
 Params = dict[str, Any]
 AttentionImplementation = Literal["cudnn", "xla"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "gated", "dots", "full"]
 Attend = Callable[[Array, Array, Array], Array]
 
 
@@ -105,8 +108,10 @@ class Execution:
     Attributes:
       compute_dtype: dtype of activations and GEMM operands; norms and softmax are float32 regardless.
       attention: "cudnn" (flash attention; NVIDIA GPU, 16-bit dtypes) or "xla".
-      remat: what the backward pass recomputes in a block: "none"; "dots", everything but GEMM outputs; "full",
-        everything.
+      elementwise: norms and SwiGLU of the blocks as Pallas kernels ("pallas", on a GPU; "pallas_interpret" for tests)
+        or as XLA compiles them ("xla").
+      remat: what the backward pass recomputes in a block: "none"; "gated", the product of gate and up; "dots",
+        everything but GEMM outputs; "full", everything.
       scan_layers: compile one block and loop over it, instead of all blocks.
       mlp_chunks: chunks of tokens in which each block's MLP runs (`interleave`), 1 for none.
       sharded: whether this is inside of a `jax.shard_map` over the axes of `partition`, with parameters as its rules
@@ -115,6 +120,7 @@ class Execution:
 
     compute_dtype: DTypeLike = jnp.bfloat16
     attention: AttentionImplementation = "xla"
+    elementwise: Elementwise = "xla"
     remat: Remat = "none"
     scan_layers: bool = False
     sharded: bool = False
@@ -246,16 +252,19 @@ def hidden_states(
     def attend(q: Array, k: Array, v: Array) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=execution.attention)
 
+    arrange = side_by_side if execution.elementwise != "xla" else lambda layer: layer
+    add_up = partition.sum_over_model if execution.sharded else lambda part: part
+
     def block(x: Array, layer: Params) -> Array:
-        if not execution.sharded:
-            return decoder_block(config, attend, rotation, x, layer, mlp_chunks=execution.mlp_chunks)
-        layer = partition.gather_block(layer, jnp.dtype(dtype))
-        return decoder_block(config, attend, rotation, x, layer, partition.sum_over_model, execution.mlp_chunks)
+        if execution.sharded:
+            layer = partition.gather_block(arrange(layer), jnp.dtype(dtype))
+        how = execution.mlp_chunks, execution.elementwise, execution.remat
+        return decoder_block(config, attend, rotation, x, layer, add_up, *how)
 
     if not execution.sharded:
         with jax.named_scope("weights_cast"):
-            layers = cast_weights(layers, dtype)
-    if execution.remat != "none":
+            layers = arrange(cast_weights(layers, dtype))
+    if execution.remat in ("dots", "full"):
         policy = jax.checkpoint_policies.dots_saveable if execution.remat == "dots" else None
         block = jax.checkpoint(block, policy=policy)
     elif execution.sharded and partition.in_use(partition.FSDP):
@@ -275,6 +284,16 @@ def cast_weights(params: Params, dtype: DTypeLike) -> Params:
     )
 
 
+def side_by_side(layer: Params) -> Params:
+    """Parameters of a block, or of all, with gate and up in one matrix, if `swiglu` can take what it gives."""
+    names = "gate_weight", "up_weight"
+    has_adapters = "gate_lora_a" in layer or "up_lora_a" in layer
+    if has_adapters or not can_gate(layer["gate_weight"].shape[-1]):
+        return layer
+    others = {name: leaf for name, leaf in layer.items() if name not in names}
+    return others | {"gate_up_weight": jnp.concatenate([layer[name] for name in names], axis=-1)}
+
+
 def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """The place of every token in its own sequence."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
@@ -290,6 +309,8 @@ def decoder_block(
     layer: Params,
     add_up: Callable[[Array], Array] = lambda part: part,
     mlp_chunks: int = 1,
+    elementwise: Elementwise = "xla",
+    remat: Remat = "none",
 ) -> Float[Array, "B S D"]:
     """One block on the residual stream `x`.
 
@@ -298,13 +319,25 @@ def decoder_block(
       attend: attention of queries [B, S, N, H] to keys and values [B, S, K, H], or to these and others that it knows.
       rotation: of the tokens' positions, as from `rope_rotation`.
       x: residual stream.
-      layer: the block's parameters, in the compute dtype (`cast_weights`).
+      layer: the block's parameters, in the compute dtype (`cast_weights`); for kernels `side_by_side`.
       add_up: what is done to each branch before it is added: the sum over devices that have a part of it each.
       mlp_chunks: chunks of tokens in which the MLP runs.
+      elementwise: as in `Execution`.
+      remat: "gated" or not; the others are the caller's.
     """
-    attended = _attention(config, attend, rotation, rms_norm(x, layer["attention_norm"], config.rms_norm_eps), layer)
-    x = x + add_up(attended)
-    return x + add_up(_mlp(rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), layer, mlp_chunks))
+
+    def norm(x: Array, delta: Array | None, weight: Array) -> tuple[Array, Array]:
+        if elementwise == "xla":
+            x = x if delta is None else x + delta
+            return x, rms_norm(x, weight, config.rms_norm_eps)
+        with jax.named_scope("norm"):
+            interpret = elementwise == "pallas_interpret"
+            return residual_norm(x, delta, weight, config.rms_norm_eps, interpret=interpret)
+
+    x, normed = norm(x, None, layer["attention_norm"])
+    attended = add_up(_attention(config, attend, rotation, normed, layer))
+    x, normed = norm(x, attended, layer["mlp_norm"])
+    return x + add_up(_mlp(normed, layer, mlp_chunks, elementwise, remat == "gated"))
 
 
 @jax.named_scope("attention")
@@ -321,22 +354,56 @@ def _attention(
 
 
 @jax.named_scope("mlp")
-def _mlp(x: Float[Array, "B S D"], layer: Params, num_chunks: int) -> Float[Array, "B S D"]:
-    def products(x: Array, layer: Params) -> tuple[Array, Array]:
+def _mlp(
+    x: Float[Array, "B S D"], layer: Params, num_chunks: int, elementwise: Elementwise, is_gated_again: bool
+) -> Float[Array, "B S D"]:
+    is_one_product, interpret = "gate_up_weight" in layer, elementwise == "pallas_interpret"
+
+    def products(x: Array, layer: Params) -> Array | tuple[Array, Array]:
+        if is_one_product:
+            return _matmul(x, layer["gate_up_weight"])
         return _linear(x, layer, "gate"), _linear(x, layer, "up")
 
-    def gated(projected: tuple[Array, Array], _: Params) -> Array:
+    def gated(projected: Any, _: Params) -> Array:
+        if is_one_product:
+            return swiglu(projected, interpret=interpret)
         gate, up = projected
         return jax.nn.silu(gate) * up
 
     def down(x: Array, layer: Params) -> Array:
         return _linear(x, layer, "down")
 
+    def gated_down(projected: Any, layer: Params) -> Array:
+        if is_one_product and "down_lora_a" not in layer:
+            return _gated_linear(*varying_alike(projected, layer["down_weight"]), interpret)
+        return down(jax.checkpoint(gated)(projected, {}), layer)
+
+    stages = [products, gated_down] if is_gated_again else [products, gated, down]
     if num_chunks == 1:
-        return down(gated(products(x, layer), layer), layer)
+        return functools.reduce(lambda result, stage: stage(result, layer), stages, x)
     weights = {name: leaf for name, leaf in layer.items() if name.startswith(("gate_", "up_", "down_"))}
     rows = x.reshape(1, -1, x.shape[-1])
-    return interleave([products, gated, down], rows, weights, num_chunks=num_chunks, axis=1).reshape(x.shape)
+    return interleave(stages, rows, weights, num_chunks=num_chunks, axis=1).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gated_linear(gate_up: Float[Array, "B S 2F"], weight: Float[Array, "F D"], interpret: bool) -> Array:
+    """`swiglu` and a product, of which only `gate_up` is kept: `swiglu_gradient` gives the gated product again."""
+    return _matmul(swiglu(gate_up, interpret=interpret), weight)
+
+
+def _gated_linear_forward(gate_up: Array, weight: Array, interpret: bool) -> tuple[Array, tuple[Array, Array]]:
+    return _gated_linear(gate_up, weight, interpret), (gate_up, weight)
+
+
+def _gated_linear_backward(interpret: bool, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    gate_up, weight = kept
+    d_gate_up, product = swiglu_gradient(gate_up, _matmul(cotangent, weight.T), interpret=interpret)
+    rows, columns = (a.reshape(-1, a.shape[-1]) for a in (product, cotangent))
+    return d_gate_up, _matmul(rows.T, columns)
+
+
+_gated_linear.defvjp(_gated_linear_forward, _gated_linear_backward)
 
 
 def _linear(x: Float[Array, "B S I"], layer: Params, name: str) -> Float[Array, "B S O"]:

@@ -40,6 +40,7 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         f"micro-batch{each} ({plan.lm_head.reason})",
         **_chunks(plan),
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
+        "elementwise": f"{plan.execution.elementwise} ({plan.elementwise_reason})",
         "layers": ("scanned" if config.scan_layers else "unrolled")
         + f", remat {config.remat}"
         + (f", MLP in {config.mlp_chunks} chunks" if config.mlp_chunks > 1 else ""),

@@ -84,8 +84,11 @@ class TrainConfig:
     """Dtype of activations and GEMM operands; parameters and optimizer state are float32."""
     attention: Literal["cudnn", "xla"] | None = None
     """Attention implementation. Default: cudnn where it can run."""
+    elementwise: Literal["pallas", "xla"] | None = None
+    """Norms and SwiGLU: Pallas kernels, or as XLA compiles them. Default: pallas where it can run."""
     remat: qwen2.Remat = "none"
-    """What the backward pass recomputes in a block: none, dots (all but GEMM outputs) or full."""
+    """What the backward pass recomputes in a block: none, gated (the product of gate and up, a fifth of what is kept),
+    dots (all but GEMM outputs) or full."""
     mlp_chunks: int = 1
     """Token chunks in which the MLP of each block runs, in each micro-batch: the LM head's trick there. 1 for none."""
     scan_layers: bool = False

@@ -93,7 +93,7 @@ def estimate_bytes(config: TrainConfig, model: qwen2.Qwen2Config, micro_batch_si
     tokens = micro_batch_size // shards.of_a_batch * config.seq_len
     D, F, L = model.hidden_size, model.intermediate_size // shards.model, model.num_hidden_layers
     V = model.vocab_size // shards.model
-    saved_per_layer = {"none": 3 * F + 6 * D, "dots": 2 * F + 5 * D, "full": D}[config.remat]
+    saved_per_layer = {"none": 3 * F + 6 * D, "gated": 2 * F + 6 * D, "dots": 2 * F + 5 * D, "full": D}[config.remat]
     working_set = 3 * F + 10 * D
     parameters = qwen2.num_params(model) // (shards.fsdp * shards.model)
     gradient_sets = 1 if micro_batch_size == config.batch_size else 2

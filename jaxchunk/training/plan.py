@@ -14,6 +14,7 @@ from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Choice, Head, choose_implementation, split_rows
 from jaxchunk.models import hf, qwen2
 from jaxchunk.models.attention import choose_attention
+from jaxchunk.models.elementwise import choose_elementwise
 from jaxchunk.training import chunks, resume
 from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig
@@ -41,6 +42,7 @@ class Plan:
       lm_head: the loss implementation, with the reason.
       execution: how the model runs.
       attention_reason: why this attention implementation.
+      elementwise_reason: why norms and SwiGLU run as they do.
       programs: the compiled functions and the memory plan.
       train_steps: the compiled training step by chunk count; several where the run is adaptive.
       chunk_choice: how the chunk count was found, where it was left open.
@@ -56,6 +58,7 @@ class Plan:
     lm_head: Choice
     execution: qwen2.Execution
     attention_reason: str
+    elementwise_reason: str
     programs: Programs
     train_steps: Mapping[int, chunks.TrainStep]
     chunk_choice: ChunkChoice | None = None
@@ -86,6 +89,8 @@ class Plan:
             "lmhead_chunks_choice": None if self.chunk_choice is None else self.chunk_choice.as_dict(),
             "attention": self.execution.attention,
             "attention_reason": self.attention_reason,
+            "elementwise": self.execution.elementwise,
+            "elementwise_reason": self.elementwise_reason,
             "mesh": self.devices.shards._asdict(),
             "micro_batch_size": self.programs.memory_plan.micro_batch_size,
             "compiled_memory_bytes": self.programs.memory_plan.memory.total_bytes,
@@ -149,10 +154,19 @@ def prepare(config: TrainConfig, devices: Devices, about: dict[str, Any] | None 
         attention, reason = choose_attention(
             model.config, config.seq_len, config.compute_dtype, config.attention, packed=data.is_examples(config.data)
         )
+        elementwise, elementwise_reason = choose_elementwise(config.elementwise, config.compute_dtype)
     except ValueError as error:
         raise InputError(str(error)) from None
     dtype, sharded = jax.numpy.dtype(config.compute_dtype), devices.mesh is not None
-    execution = qwen2.Execution(dtype, attention, config.remat, config.scan_layers, sharded, config.mlp_chunks)
+    execution = qwen2.Execution(
+        dtype,
+        attention,
+        elementwise=elementwise,
+        remat=config.remat,
+        scan_layers=config.scan_layers,
+        sharded=sharded,
+        mlp_chunks=config.mlp_chunks,
+    )
     limit_bytes = device_memory.limit_bytes(devices.local[0])
     config, choice = chunks.settle(config, model.config, limit_bytes)
     sampler = make_sampler(config, model.config, execution, dataset, split)
@@ -168,5 +182,5 @@ def prepare(config: TrainConfig, devices: Devices, about: dict[str, Any] | None 
         train_steps = {config.num_chunks: programs.train_step}
     chunks.compare_sizes(choice, programs.memory_plan.micro_batch_size, config.seq_len)
     batches = data.train_batches(split.train, config.batch_size, config.seed, devices.rows(config.batch_size))
-    settled = config, devices, model, dataset, split, batches, lm_head, execution, reason
+    settled = config, devices, model, dataset, split, batches, lm_head, execution, reason, elementwise_reason
     return Plan(*settled, programs, train_steps, choice, sampler)

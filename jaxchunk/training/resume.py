@@ -38,6 +38,7 @@ _ROUNDING = (
     "lmhead_chunks",
     "lmhead_impl",
     "attention",
+    "elementwise",
     "remat",
     "scan_layers",
     "deterministic",

@@ -89,6 +89,13 @@ def test_what_an_operation_contains_is_not_counted_twice():
     assert [round(1e3 * kernel.self_s, 6) for kernel in kernels] == [3.0, 3.0, 4.0, 2.0]
 
 
+def test_the_time_of_a_launch_ahead_is_that_of_the_kernel_it_waits_for():
+    """Kernels of a stream follow each other, but the next may begin early: none of their time may vanish."""
+    line = [("gemm", 0, 10, "dot.1"), ("gemm", 8, 12, "dot.2"), ("gemm", 19, 5, "dot.3")]
+    kernels = list(step_profile.kernels_of(jax.profiler.ProfileData.from_text_proto(plane(line)), {}))
+    assert [round(1e3 * kernel.self_s, 6) for kernel in kernels] == [10.0, 10.0, 4.0]
+
+
 def test_the_roofline_has_the_flops_of_the_step():
     model = qwen2.SIZES["qwen2-0.5b"]
     shape = {"tokens": 65536, "seq_len": 1024, "micro_batches": 1, "lmhead_chunks": 4, "itemsize": 2}

@@ -60,8 +60,19 @@ def test_cudnn_is_given_no_mask_and_no_future_keys(monkeypatch):
     assert text.count("dot_general") == 0 and "tensor<1x4x64xbf16>" not in text
 
 
+@pytest.mark.parametrize(("T", "P"), [(33, 64), (32, 65), (33, 65)])
+def test_cudnn_gets_odd_lengths_as_even_ones(monkeypatch, T, P):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands(1, T, P, 4, 2, 64, jnp.bfloat16)]
+    lowered = jax.jit(lambda *given: attend_causally(*given, "cudnn")).trace(*given).lower(lowering_platforms=("cuda",))
+    calls = [line for line in lowered.as_text().splitlines() if "__cudnn$fmha" in line]
+    masks = sorted(re.search(r"mask_type[^A-Z]*([A-Z_]+)", line)[1] for line in calls)
+    assert masks == ["CAUSAL", "PADDING" if P % 2 else "NO_MASK"]  # a key that is none must not be seen
+    assert lowered.out_info.shape == (1, T, 4, 64)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("T", "P"), [(256, 768), (100, 333)])
+@pytest.mark.parametrize(("T", "P"), [(256, 768), (100, 333), (101, 334)])
 def test_cudnn_in_two_parts_is_as_exact_as_in_one(T, P):
     given = operands(2, T, P, 14, 2, 64, jnp.bfloat16)
     exact = reference(*(a.astype(jnp.float32) for a in given))

@@ -167,7 +167,7 @@ def test_a_config_whose_heads_do_not_fit_is_refused():
         dataclasses.replace(CONFIG, num_attention_heads=5)
     with pytest.raises(ValueError, match="4 heads are no multiple of 3 key/value heads"):
         dataclasses.replace(CONFIG, num_key_value_heads=3)
-    with pytest.raises(ValueError, match="remat is 'some'; it must be one of none, dots, full"):
+    with pytest.raises(ValueError, match="remat is 'some'; it must be one of none, gated, dots, full"):
         Execution(remat="some")
 
 

@@ -182,7 +182,7 @@ class _Row:
         """Special functions for the dtype that logits are stored in."""
         if self.exact:
             return rows.EXACT
-        return rows.Math(jnp.exp, jax.nn.sigmoid) if self.interpret else rows.Math(approximate_exp, _sigmoid)
+        return rows.Math(jnp.exp, jax.nn.sigmoid) if self.interpret else rows.Math(approximate_exp, sigmoid)
 
     def walk(self, y: Array, step: Callable[..., Any], carry: Any) -> Any:
         """`carry = step(start, skip, carry)` over the row; `skip` marks the label's and repeated columns."""
@@ -332,7 +332,8 @@ def approximate_exp(x: Array) -> Array:
     return _instruction("ex2.approx.ftz.f32 $0, $1;", x * math.log2(math.e))
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) by the GPU's own instructions."""
     if x.ndim == 0:
         return 1.0 / (1.0 + jnp.exp(-x))
     return _instruction("rcp.approx.ftz.f32 $0, $1;", 1.0 + approximate_exp(-x))
