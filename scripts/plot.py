@@ -36,6 +36,8 @@ def main() -> None:
                 print(*figures.plot_microbench(run), sep="\n")
             elif _is_benchmark_with(run, "seq_lens"):
                 print(plotting.plot_prefill(run) or f"{run}: nothing was measured beside one chunk")
+            elif _is_benchmark_with(run, "shapes"):
+                print(plotting.plot_scoring(run) or f"{run}: the GEMM was not measured, which times are compared with")
             elif _is_benchmark_with(run, "piece_s"):
                 print(plotting.plot_training_arms(run))
             elif (run / "shapes.json").exists():

@@ -111,3 +111,16 @@ def test_prefill(tmp_path):
     assert len(records(path)) == 8 and "48 tokens: " in out
     status, out, err = run("plot.py", path)
     assert status == 0 and "prefill.png" in out, err
+
+
+def test_scoring(tmp_path):
+    path = tmp_path / "scoring"
+    flags = ("--shapes", "64x16x97:1,2", "600x8x96:1", "--window_s", 0.02, "--out_dir", path)
+    status, out, err = run("bench_scoring.py", *flags, "--repeats", 1)
+    assert status == 0, err
+    assert "| 64x16x97 | xla, 2 chunks | " in out and "energy null: JAX runs on cpu: no GPU to measure" in out
+    assert "600x8x96: xla, 2 chunks, the default of `score`, has " in out and len(records(path)) == 8
+    status, out, err = run("bench_scoring.py", *flags, "--repeats", 2, "--continue")
+    assert status == 0 and len(records(path)) == 16, err
+    status, out, err = run("plot.py", path)
+    assert status == 0 and "scoring.png" in out, err

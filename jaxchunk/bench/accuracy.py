@@ -46,7 +46,7 @@ def cases(hidden: Float[Array, "T D"], weight: Float[Array, "V D"], labels: Int[
     """Two slices: "random" as given (logits as after initialisation), "confident" with logits x8 and argmax labels."""
     hidden, labels = hidden[:MOST_TOKENS], labels[:MOST_TOKENS]
     sharp = CONFIDENT_SCALE * hidden
-    best = _argmax(sharp, weight)
+    best = most_probable(sharp, weight)
     return {
         "random": Case(hidden, weight, labels, *exact(hidden, weight, labels)),
         "confident": Case(sharp, weight, best, *exact(sharp, weight, best)),
@@ -59,16 +59,24 @@ def exact(
 ) -> tuple[Float[Array, ""], Float[Array, "S D"], Float[Array, "V D"]]:
     """Mean cross-entropy and its gradients in float32; the label's column stays out of the sum, so nothing cancels."""
     x, W = hidden.astype(jnp.float32), _as_multiplied(weight, hidden.dtype)
-    logits = _logits(hidden, weight)
-    is_label = jnp.arange(W.shape[0])[None, :] == labels[:, None]
-    m = logits.max(axis=1, keepdims=True)
-    others = jnp.where(is_label, 0.0, jnp.exp(logits - m))
-    label = jnp.where(is_label, logits - m, 0.0).sum(axis=1, keepdims=True)
+    losses, is_label, others, s = _exact_rows(hidden, weight, labels)
     n = others.sum(axis=1, keepdims=True)
-    s = n + jnp.exp(label)
-    losses = jnp.logaddexp(0.0, jnp.log(n) - label)
     d_logits = jnp.where(is_label, -n / s, others / s) / x.shape[0]
     return losses.mean(), _matmul(d_logits, W), _matmul(d_logits.T, x)
+
+
+@jax.jit
+def exact_log_probs(
+    hidden: Float[Array, "S D"], weight: Float[Array, "V D"], labels: Int[Array, " S"]
+) -> Float[Array, " S"]:
+    """Log-probabilities of the labels in float32, as exact as the loss of `exact`."""
+    return -_exact_rows(hidden, weight, labels)[0]
+
+
+@jax.jit
+def most_probable(hidden: Float[Array, "S D"], weight: Float[Array, "V D"]) -> Int[Array, " S"]:
+    """The label with the largest logit, in float32."""
+    return jnp.argmax(_logits(hidden, weight), axis=1)
 
 
 def measure(evaluate: Evaluate, slices: Mapping[str, Case]) -> Accuracy:
@@ -96,9 +104,15 @@ def _relative_error(value: Array, expected: Array) -> Array:
     return jnp.sqrt(jnp.sum(difference**2) / jnp.sum(expected**2))
 
 
-@jax.jit
-def _argmax(hidden: Float[Array, "S D"], weight: Float[Array, "V D"]) -> Int[Array, " S"]:
-    return jnp.argmax(_logits(hidden, weight), axis=1)
+def _exact_rows(hidden: Array, weight: Array, labels: Array) -> tuple[Array, Array, Array, Array]:
+    """Losses [S], which column is the label's [S, V], exponentials of the others [S, V], sum of all [S, 1]."""
+    logits = _logits(hidden, weight)
+    is_label = jnp.arange(weight.shape[0])[None, :] == labels[:, None]
+    m = logits.max(axis=1, keepdims=True)
+    others = jnp.where(is_label, 0.0, jnp.exp(logits - m))
+    label = jnp.where(is_label, logits - m, 0.0).sum(axis=1, keepdims=True)
+    n = others.sum(axis=1, keepdims=True)
+    return jnp.logaddexp(0.0, jnp.log(n) - label)[:, 0], is_label, others, n + jnp.exp(label)
 
 
 def _logits(hidden: Float[Array, "S D"], weight: Float[Array, "V D"]) -> Float[Array, "S V"]:

@@ -1,15 +1,13 @@
 """What the LM-head benchmark reports: a row for every variant, and tables of rows."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxchunk.bench.accuracy import Accuracy
 from jaxchunk.bench.protocol import Measurement, Variant
-from jaxchunk.bench.statistics import bootstrap_median, interval_of, ratios
+from jaxchunk.bench.statistics import interval_of, ratio_of
+from jaxchunk.bench.tables import Column, Row, as_dict, cell, gigabytes, markdown
 from jaxchunk.plotting import AUTODIFF, FLOOR
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +39,11 @@ def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) 
         own = [m for m in measurements if m.variant == name]
         row: Row = {"variant": name, "temporary_bytes": program.temporary_bytes, "is_peer": program.is_peer}
         for field in ("time_s", "energy_j", "power_w", "power_w_std", "sm_clock_mhz"):
-            interval = interval_of(measurements, name, field)
-            row[field] = None if interval is None else interval._asdict()
+            row[field] = as_dict(interval_of(measurements, name, field))
         baselines = {"floor": FLOOR, "autodiff": AUTODIFF, "plain": program.plain, "one_chunk": program.one_chunk}
         for label, baseline in baselines.items():
             for field, quantity in (("time_s", "time"), ("energy_j", "energy")):
-                relative = ratios(measurements, name, baseline or "", field)
-                row[f"{quantity}_over_{label}"] = bootstrap_median(relative)._asdict() if relative else None
+                row[f"{quantity}_over_{label}"] = as_dict(ratio_of(measurements, name, baseline or "", field))
         row["errors"] = program.accuracy and program.accuracy.errors
         row["d_weight_dtype"] = program.accuracy and program.accuracy.d_weight_dtype
         bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
@@ -57,12 +53,9 @@ def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) 
     return rows
 
 
-Column = tuple[str, Callable[[Row], str]]
-
-
 def table(rows: Sequence[Row]) -> str:
     """The summary as a Markdown table; an interval is the 95% bootstrap interval of the median."""
-    return _markdown(rows, _with_errors(rows, _COLUMNS))
+    return markdown(rows, _with_errors(rows, _COLUMNS))
 
 
 def table_of_shapes(rows_by_shape: dict[str, list[Row]]) -> str:
@@ -71,13 +64,7 @@ def table_of_shapes(rows_by_shape: dict[str, list[Row]]) -> str:
     left_out = ("time / autodiff", "time / plain", "W")
     columns = [column for column in _COLUMNS if column[0] not in left_out]
     columns.append(("time, energy / 1 chunk", _over_one_chunk))
-    return _markdown(rows, _with_errors(rows, [("T x D x V", lambda row: row["shape"]), *columns]))
-
-
-def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    lines = [" | ".join(title for title, _ in columns), "|".join("---" for _ in columns)]
-    lines += [" | ".join(cell(row) for _, cell in columns) for row in rows]
-    return "\n".join([f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:])])
+    return markdown(rows, _with_errors(rows, [("T x D x V", lambda row: row["shape"]), *columns]))
 
 
 def _with_errors(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
@@ -100,28 +87,17 @@ def _errors(row: Row, case: str) -> str:
 def _over_one_chunk(row: Row) -> str:
     if row["time_over_one_chunk"] is None:
         return "-"
-    return ", ".join(_cell(row[f"{quantity}_over_one_chunk"], 1, 3) for quantity in ("time", "energy"))
-
-
-def _cell(value: dict[str, float] | None, scale: float, digits: int, *, interval: bool = False) -> str:
-    if value is None:
-        return "null"
-    median = f"{value['median'] * scale:.{digits}f}"
-    return f"{median} ({value['low'] * scale:.{digits}f} to {value['high'] * scale:.{digits}f})" if interval else median
-
-
-def _gigabytes(value: int | None) -> str:
-    return "null" if value is None else f"{value / 1e9:.2f}"
+    return ", ".join(cell(row[f"{quantity}_over_one_chunk"], 1, 3) for quantity in ("time", "energy"))
 
 
 _COLUMNS: tuple[Column, ...] = (
     ("variant", lambda row: row["variant"]),
-    ("ms", lambda row: _cell(row["time_s"], 1e3, 2)),
-    ("time / GEMM floor", lambda row: _cell(row["time_over_floor"], 1, 3, interval=True)),
-    ("time / autodiff", lambda row: _cell(row["time_over_autodiff"], 1, 2)),
-    ("time / plain", lambda row: _cell(row["time_over_plain"], 1, 3, interval=True)),
-    ("J", lambda row: _cell(row["energy_j"], 1, 2)),
-    ("energy / GEMM floor", lambda row: _cell(row["energy_over_floor"], 1, 3, interval=True)),
-    ("W", lambda row: _cell(row["power_w"], 1, 0)),
-    ("temporaries, GB", lambda row: _gigabytes(row["temporary_bytes"])),
+    ("ms", lambda row: cell(row["time_s"], 1e3, 2)),
+    ("time / GEMM floor", lambda row: cell(row["time_over_floor"], 1, 3, interval=True)),
+    ("time / autodiff", lambda row: cell(row["time_over_autodiff"], 1, 2)),
+    ("time / plain", lambda row: cell(row["time_over_plain"], 1, 3, interval=True)),
+    ("J", lambda row: cell(row["energy_j"], 1, 2)),
+    ("energy / GEMM floor", lambda row: cell(row["energy_over_floor"], 1, 3, interval=True)),
+    ("W", lambda row: cell(row["power_w"], 1, 0)),
+    ("temporaries, GB", lambda row: gigabytes(row["temporary_bytes"])),
 )

@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ _QUACK_ROWS = 8192
 # JAX keeps to half of the memory beside peers (`device_memory.allocate_as_needed`); the rest is for two CUDA contexts.
 _TORCH_SHARE = 0.47
 
+Loaded = TypeVar("Loaded")
 Loss = Callable[[Any, Any, Any], Any]
 """Hidden states [T, D], weight [V, D], labels [T] int64 to the mean cross-entropy, torch tensors all."""
 Result = tuple["Pending", tuple["Pending", "Pending"]]
@@ -163,7 +164,7 @@ def load(
     jax.block_until_ready((operands, slices))  # torch works on another stream
     for name in PEERS if ALL in names else names:
         peer = PEERS[name]
-        loaded = _import_error(peer) or _run_first(peer, operands, slices)
+        loaded = _loaded(peer, operands, slices)
         if isinstance(loaded, str):
             _logger.warning("%s is left out: %s", name, loaded)
         else:
@@ -226,46 +227,54 @@ def value_and_gradients(peer: Peer, loss: Loss, hidden: Any, weight: Any, labels
     return Pending(value.detach(), done), (Pending(d_hidden, done), Pending(d_weight, done))
 
 
-def _run_first(peer: Peer, operands: tuple[Array, Array, Array], slices: Mapping[str, Case]) -> LoadedPeer | str:
+def first_run(run: Callable[[], Loaded]) -> Loaded | str:
+    """Runs somebody else's program for the first time, in torch's share of the memory; says why where it fails."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(_TORCH_SHARE)
     try:
-        return _run(peer, operands, slices)
-    except Exception as error:  # whatever somebody else's program raises
+        return run()
+    except Exception as error:  # whatever it raises
         reason = _in_one_line(error)
     _free_cache()
     return f"its first call failed ({reason})"
 
 
-def _run(peer: Peer, operands: tuple[Array, Array, Array], slices: Mapping[str, Case]) -> LoadedPeer:
-    import torch
+def _loaded(peer: Peer, operands: tuple[Array, Array, Array], slices: Mapping[str, Case]) -> LoadedPeer | str:
+    if (reason := _import_error(peer)) is not None:
+        return reason
+    return first_run(lambda: _run(peer, operands, slices))
 
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(_TORCH_SHARE)
+
+def _run(peer: Peer, operands: tuple[Array, Array, Array], slices: Mapping[str, Case]) -> LoadedPeer:
     loss = peer.load()
-    tensors = _to_torch(*operands)
+    tensors = to_torch(*operands)
 
     def call() -> Result:
         return value_and_gradients(peer, loss, *tensors)
 
     def evaluate(hidden: Array, weight: Array, labels: Array) -> tuple[Array, tuple[Array, Array]]:
-        value, (d_hidden, d_weight) = value_and_gradients(peer, loss, *_to_torch(hidden, weight, labels))
+        value, (d_hidden, d_weight) = value_and_gradients(peer, loss, *to_torch(hidden, weight, labels))
         return value.to_jax(), (d_hidden.to_jax(), d_weight.to_jax())
 
     jax.block_until_ready(call())  # compiles and tunes, which takes memory of its own
-    temporary_bytes = _temporary_bytes(call) if tensors[0].is_cuda else None
-    return LoadedPeer(peer.name, call, temporary_bytes, accuracy.measure(evaluate, slices))
+    return LoadedPeer(peer.name, call, temporary_bytes(call), accuracy.measure(evaluate, slices))
 
 
-def _to_torch(hidden: Array, weight: Array, labels: Array) -> tuple[Any, Any, Any]:
+def to_torch(hidden: Array, weight: Array, labels: Array) -> tuple[Any, Any, Any]:
     """The arrays as tensors on the same memory; torch wants labels of 64 bits, which are a copy."""
     import torch
 
     return torch.from_dlpack(hidden), torch.from_dlpack(weight), torch.from_dlpack(labels).long()
 
 
-def _temporary_bytes(call: Callable[[], Result]) -> int:
-    """Peak of torch's allocator in one call, less what was there before and less the results."""
+def temporary_bytes(call: Callable[[], Any]) -> int | None:
+    """Peak of torch's allocator in one call, less what was there before and less the results; None on a CPU."""
     import torch
 
+    if not torch.cuda.is_available():
+        return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -1,12 +1,12 @@
 """What the prefill benchmark reports: a row for every variant, a table, and what it says about the paper's claim."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxchunk.bench.protocol import Measurement
 from jaxchunk.bench.statistics import Interval, interval_of, ratio_of, ratio_of_best
+from jaxchunk.bench.tables import Column, Row, as_dict, cell, markdown
 
-Row = dict[str, Any]
 PAPER = (
     "The paper's figure, not measured here: at most 1.6% less latency, near 32k tokens, for Llama 8B in vLLM (\"One "
     'Simple Trick for Improving the Performance of Energy-Limited Local Inference and Training", figure 5).'
@@ -35,9 +35,7 @@ def summarize(measurements: Sequence[Measurement]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table; an interval is the 95% bootstrap interval of the median over repeats."""
-    lines = [" | ".join(title for title, _ in _COLUMNS), "|".join("---" for _ in _COLUMNS)]
-    lines += [" | ".join(cell(row) for _, cell in _COLUMNS) for row in rows]
-    return "\n".join([f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:])])
+    return markdown(rows, _COLUMNS)
 
 
 def sentences(measurements: Sequence[Measurement], rows: Sequence[Row]) -> list[str]:
@@ -70,11 +68,11 @@ def _row(measurements: Sequence[Measurement], name: str, base: str | None) -> Ro
     own = [m for m in measurements if m.variant == name]
     row: Row = {"variant": name, **own[0].factors, "windows": len(own)}
     for field in _QUANTITIES:
-        row[field] = _as_dict(interval_of(measurements, name, field))
+        row[field] = as_dict(interval_of(measurements, name, field))
     tokens = own[0].factors["batch_size"] * own[0].factors["seq_len"]
-    row["tokens_per_s"] = _as_dict(interval_of(measurements, name, lambda m: tokens / m.time_s))
+    row["tokens_per_s"] = as_dict(interval_of(measurements, name, lambda m: tokens / m.time_s))
     for label, field in _RATIOS.items():
-        row[label] = None if base is None else _as_dict(ratio_of(measurements, name, base, field))
+        row[label] = None if base is None else as_dict(ratio_of(measurements, name, base, field))
     bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
     row["energy_bound_j"] = max(bounds, default=None)
     row["energy_null_reason"] = next((m.energy_null_reason for m in own if m.energy_null_reason), None)
@@ -88,28 +86,17 @@ def _baseline(factors: dict[str, dict[str, Any]], name: str) -> str | None:
     return same[0] if same else None
 
 
-def _as_dict(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else interval._asdict()
-
-
-def _cell(value: dict[str, float] | None, scale: float, digits: int, *, interval: bool = False) -> str:
-    if value is None:
-        return "null"
-    median = f"{value['median'] * scale:.{digits}f}"
-    return f"{median} ({value['low'] * scale:.{digits}f} to {value['high'] * scale:.{digits}f})" if interval else median
-
-
-_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+_COLUMNS: tuple[Column, ...] = (
     ("tokens", lambda row: str(row["seq_len"])),
     ("chunks", lambda row: str(row["chunks"]) if row["peer"] is None else row["peer"]),
-    ("ms", lambda row: _cell(row["time_s"], 1e3, 2)),
-    ("tokens/s", lambda row: _cell(row["tokens_per_s"], 1, 0)),
-    ("time / 1 chunk", lambda row: _cell(row["time_ratio"], 1, 4, interval=True)),
-    ("J (GPU rail)", lambda row: _cell(row["energy_j"], 1, 2)),
-    ("energy / 1 chunk", lambda row: _cell(row["energy_ratio"], 1, 4, interval=True)),
-    ("W", lambda row: _cell(row["power_w"], 1, 0)),
-    ("power ripple, W", lambda row: _cell(row["power_w_std"], 1, 1)),
-    ("SM clock, MHz", lambda row: _cell(row["sm_clock_mhz"], 1, 0)),
-    ("clock ripple, MHz", lambda row: _cell(row["sm_clock_mhz_std"], 1, 1)),
-    ("°C", lambda row: _cell(row["temperature_c"], 1, 0)),
+    ("ms", lambda row: cell(row["time_s"], 1e3, 2)),
+    ("tokens/s", lambda row: cell(row["tokens_per_s"], 1, 0)),
+    ("time / 1 chunk", lambda row: cell(row["time_ratio"], 1, 4, interval=True)),
+    ("J (GPU rail)", lambda row: cell(row["energy_j"], 1, 2)),
+    ("energy / 1 chunk", lambda row: cell(row["energy_ratio"], 1, 4, interval=True)),
+    ("W", lambda row: cell(row["power_w"], 1, 0)),
+    ("power ripple, W", lambda row: cell(row["power_w_std"], 1, 1)),
+    ("SM clock, MHz", lambda row: cell(row["sm_clock_mhz"], 1, 0)),
+    ("clock ripple, MHz", lambda row: cell(row["sm_clock_mhz_std"], 1, 1)),
+    ("°C", lambda row: cell(row["temperature_c"], 1, 0)),
 )

@@ -58,17 +58,21 @@ def score(
     return jnp.take_along_axis(log_probs, prompts.places, axis=1)
 
 
+def head_chunks(num_tokens: int) -> int:
+    """Chunks that the LM head takes so many tokens in."""
+    return -(-num_tokens // HEAD_TOKENS)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))
 def _log_probs(
     config: Qwen2Config, head: Params, x: Float[Array, "B T D"], labels: Int[Array, "B T"], implementation: str | None
 ) -> Float[Array, "B T"]:
     hidden = qwen2.rms_norm(x, head["final_norm"], config.rms_norm_eps)
-    num_chunks = -(-labels.size // HEAD_TOKENS)
     return token_log_probs(
         hidden,
         head["lm_head"],
         labels,
-        num_chunks=num_chunks,
+        num_chunks=head_chunks(labels.size),
         implementation=implementation,
         ignore_index=_IGNORED,
     )

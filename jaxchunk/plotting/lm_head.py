@@ -1,4 +1,4 @@
-"""The figures of the LM-head benchmark."""
+"""The figures of the LM-head benchmark, and of scoring through it."""
 
 import json
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FLOOR = "GEMM floor"  # the variant that the others are measured against
 AUTODIFF = "autodiff"  # all logits at once, gradients by autodiff
+FLOAT32_LOGITS, BFLOAT16_LOGITS = "float32 logits", "bfloat16 logits"  # all at once, no gradients
 
 _MEASURES = (("time_over_floor", "time / GEMM floor"), ("energy_over_floor", "energy (GPU rail) / GEMM floor"))
 _KINDS = {"jaxchunk": BLUE, "peers": ORANGE, "XLA, all logits at once": GREY}
@@ -69,27 +70,53 @@ def plot_multiples_of_floor(run_paths: Sequence[Path], path: Path) -> Path:
       `path`.
     """
     runs = [_read(run_path) for run_path in run_paths]
-    shapes = [_shape(config) for config, _ in runs]
-    compared = [_fastest_first(rows) for _, rows in runs]
+    panels = {_shape(config): rows for config, rows in runs}
+    return _plot_multiples(
+        panels, path, f"LM head, forward and backward, {runs[0][0]['dtype']}", "the three bare GEMMs"
+    )
+
+
+def plot_scoring(run_path: Path) -> Path | None:
+    """Draws `scoring.png`: time and energy of scoring as multiples of the bare GEMM, a row of panels a shape.
+
+    Args:
+      run_path: a directory that `scripts/bench_scoring.py` wrote.
+
+    Returns:
+      The figure's path; None where the GEMM was not measured.
+    """
+    config, rows = _read(run_path)
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["time_over_floor"]:
+            panels.setdefault(row["shape"], []).append(row | {"variant": row["method"]})
+    if not panels:
+        return None
+    title = f"Log-probabilities of labels from hidden states [T, D], T x D x V, {config['dtype']}"
+    return _plot_multiples(panels, run_path / "scoring.png", title, "the bare GEMM")
+
+
+def _plot_multiples(panels: dict[str, list[dict[str, Any]]], path: Path, title: str, floor: str) -> Path:
+    compared = [_fastest_first(rows) for rows in panels.values()]
     measures = [m for m in _MEASURES if any(row[m[0]] for rows in compared for row in rows)]
     counts = [max(len(rows), 1) for rows in compared]
     figure = new_figure(4 * len(measures) + 2, 1.3 + 0.45 * len(counts) + 0.27 * sum(counts))
-    panels = figure.subplots(
-        len(runs), len(measures), squeeze=False, sharex="col", sharey="row", gridspec_kw={"height_ratios": counts}
+    lines = figure.subplots(
+        len(panels), len(measures), squeeze=False, sharex="col", sharey="row", gridspec_kw={"height_ratios": counts}
     )
-    for line, rows, shape in zip(panels, compared, shapes, strict=True):
+    for line, rows, shape in zip(lines, compared, panels, strict=True):
         for axis, (field, _) in zip(line, measures, strict=True):
             _draw_multiples(axis, rows, field)
         line[0].set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=SMALL)
         line[0].set_ylim(max(len(rows), 1) - 0.4, -0.6)
         line[0].set_title(shape, fontsize=9, loc="left")
-    for axis, lowest, (field, label) in zip(panels[0], panels[-1], measures, strict=True):
+    for axis, lowest, (field, label) in zip(lines[0], lines[-1], measures, strict=True):
         lowest.set_xlabel(label, fontsize=9)
         highest = max(row[field]["high"] for rows in compared for row in rows if row[field])
         axis.set_xlim(0, 1.16 * max(highest, 1.0))  # room for the numbers
-    _legend(panels[0][-1], compared)
-    caption = "Bars: median and 95% bootstrap interval over interleaved repeats. Dashed: the three bare GEMMs."
-    write_titles(figure, f"LM head, forward and backward, {runs[0][0]['dtype']}", [caption])
+    _legend(lines[0][-1], compared)
+    caption = f"Bars: median and 95% bootstrap interval over interleaved repeats. Dashed: {floor}."
+    write_titles(figure, title, [caption])
     figure.savefig(path, dpi=150)
     return path
 
@@ -135,7 +162,7 @@ def _fastest_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _kind(row: dict[str, Any]) -> str:
-    if row["variant"] == AUTODIFF:
+    if row["variant"] in (AUTODIFF, FLOAT32_LOGITS, BFLOAT16_LOGITS):
         return "XLA, all logits at once"
     return "peers" if row["is_peer"] else "jaxchunk"
 

@@ -19,6 +19,9 @@ from jax._src import distributed
 from jaxchunk.errors import InputError
 
 _TIMEOUT_S = 1800.0  # for what may take long: reading data, compiling. Who has died is found by JAX's heartbeat.
+# A process without one for so long is dead, and JAX ends the others, which wait for it in a collective. JAX's own 100 s
+# are paid by every GPU at every crash. A thread of C++ sends heartbeats: neither Python nor a compilation holds it up.
+_HEARTBEAT_TIMEOUT_S = 30
 _ENDING_TIMEOUT_S = (
     60  # for the others to end after one has: figures are drawn; or one has failed, and they wait for it
 )
@@ -50,7 +53,11 @@ def join(arguments: Sequence[str]) -> None:
     # A stop is agreed on by the loop; JAX's own service would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(flags.coordinator, count, index, shutdown_timeout_seconds=_ENDING_TIMEOUT_S)
+        jax.distributed.initialize(
+            *(flags.coordinator, count, index),
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=_ENDING_TIMEOUT_S,
+        )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(

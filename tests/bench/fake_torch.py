@@ -1,8 +1,8 @@
-"""A torch of a few lines, on NumPy: what `bench/peers.py` calls, and no more."""
+"""A torch of a few lines, on NumPy: what `bench/peers.py` and `bench/scoring_peer.py` call, and no more."""
 
 import threading
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +32,18 @@ class Tensor:
 
     def long(self):
         return Tensor(self.array.astype(np.int64))
+
+    def float(self):
+        return Tensor(self.array.astype(np.float32))
+
+    def log_softmax(self, dim):
+        return Tensor(self.array - np.log(np.exp(self.array).sum(dim, keepdims=True)))
+
+    def gather(self, dim, index):
+        return Tensor(np.take_along_axis(self.array, index.array, dim))
+
+    def __getitem__(self, place):
+        return Tensor(self.array[place])
 
     def contiguous(self):
         return self
@@ -86,7 +98,7 @@ def make(*, is_cuda=False, peak=0):
         torch.autocasts.append(enabled)
         yield
 
-    torch.autocasts, torch.autocast = [], autocast
+    torch.autocasts, torch.autocast, torch.inference_mode = [], autocast, nullcontext
     return torch
 
 

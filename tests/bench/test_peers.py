@@ -193,5 +193,5 @@ def test_torch_itself():
     assert float(loss.to_jax()) == pytest.approx(float(expected), rel=1e-2)
     assert (d_hidden.to_jax().shape, d_weight.to_jax().shape) == ((64, 16), (97, 16))
     hidden = jax.block_until_ready(jnp.ones((64, 16), jnp.bfloat16))
-    tensors = peers._to_torch(hidden, jnp.ones((97, 16)), jnp.zeros(64, int))
+    tensors = peers.to_torch(hidden, jnp.ones((97, 16)), jnp.zeros(64, int))
     assert tensors[0].data_ptr() == hidden.unsafe_buffer_pointer()

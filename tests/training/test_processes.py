@@ -23,22 +23,45 @@ from jaxchunk.training.processes import Processes, join
 PROGRAM = Path(__file__).with_name("train_with_devices.py")
 
 
-def start(config, directory, changes=({}, {})):
-    """Two processes with two devices each."""
+def start(config, directory, changes=({}, {}), then=()):
+    """Two processes with two devices each, which train in `directory` and after that in those of `then`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ("data", "cache_dir", "seq_len", "batch_size", "lmhead_chunks", "checkpoint_every", "mesh_fsdp", "steps")
+    names = ("data", "cache_dir", "seq_len", "batch_size", "lmhead_chunks", "checkpoint_every", "mesh_fsdp", "steps")
     started = []
     for process, change in enumerate(changes):
-        values = {name: getattr(config, name) for name in flags} | {"val_every": 0} | change
-        values |= {"coordinator": f"localhost:{port}", "num_processes": 2, "process_id": process}
-        arguments = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-        command = [sys.executable, PROGRAM, "2", "--distributed", "--out_dir", directory, *arguments]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        values = {name: getattr(config, name) for name in names} | {"val_every": 0} | change
+        joining = {"distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2, "process_id": process}
+        command = [sys.executable, PROGRAM, "2", *flags({"out_dir": directory, **values, **joining})]
+        for further in then:
+            command += ["--", *flags({"out_dir": further, **values})]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, env=environment, **pipes))
     return started
+
+
+def flags(values):
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))[: 1 if value is True else 2]]
+
+
+def steps_of(directory):
+    return read_json_lines(directory / "steps.jsonl")
+
+
+def stop_when(condition, processes, *signalled, by=signal.SIGTERM):
+    """Sends a signal to these of the processes as soon as the condition holds."""
+    deadline_s = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+        assert all(process.poll() is None for process in processes), ended(processes)
+    for process in signalled:
+        processes[process].send_signal(by)
+
+
+def learned(records):
+    return [(record["step"], record["loss"], record["grad_norm"], record["lr"]) for record in records]
 
 
 def ended(processes):
@@ -51,22 +74,22 @@ def ended(processes):
 
 @pytest.fixture
 def config(config):
-    return dataclasses.replace(config, mesh_data=2, mesh_fsdp=2, lmhead_chunks=2, steps=500, micro_batch_size=None)
+    return dataclasses.replace(
+        config, mesh_data=2, mesh_fsdp=2, lmhead_chunks=2, steps=500, micro_batch_size=None, checkpoint_every=2
+    )
 
 
-def test_two_processes_learn_what_one_does_and_stop_together(config, tmp_path):
-    directory = tmp_path / "two"
-    processes = start(config, directory)
-    deadline_s = time.monotonic() + 120
-    while len(read_json_lines(directory / "steps.jsonl")) < 3 and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-        assert all(process.poll() is None for process in processes), ended(processes)
-    processes[1].send_signal(signal.SIGTERM)  # one of them
+def test_two_processes_learn_what_one_does_stop_together_and_go_on(config, tmp_path):
+    directory, whole = tmp_path / "two", tmp_path / "whole"
+    processes = start(config, directory, then=[whole])
+    stop_when(lambda: len(steps_of(directory)) >= 3, processes, 1)
+    stop_when(lambda: len(steps_of(whole)) >= len(steps_of(directory)) + 3, processes, 0, by=signal.SIGKILL)
     (out, err, status), (other_out, other_err, other_status) = ended(processes)
-    assert (status, other_status) == (0, 0), err + other_err
+    assert status == -signal.SIGKILL and other_status != 0, err + other_err  # which does not wait for the dead
+    assert saved_steps(whole)
     assert "4 of 4, mesh 2 data x 2 fsdp x 1 model, 2 processes" in out
-    assert "step" not in other_out and "error" not in other_err  # process 0 prints
-    steps = read_json_lines(directory / "steps.jsonl")
+    assert "step" not in other_out and "error: " not in other_err  # process 0 prints
+    steps = steps_of(directory)
     done = steps[-1]["step"]
     assert f"stopped by SIGTERM after {done} steps; go on from the checkpoint of step {done}" in out
     assert 3 <= done < 500 and saved_steps(directory)[0] == done
@@ -75,11 +98,18 @@ def test_two_processes_learn_what_one_does_and_stop_together(config, tmp_path):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop, "_stretches", lambda *_: [(1, 3)])  # of the same schedule
         loop.train(alone)
-    expected = read_json_lines(Path(alone.out_dir) / "steps.jsonl")
-    for name in ("loss", "grad_norm", "lr"):
-        np.testing.assert_allclose(
-            [record[name] for record in steps[:3]], [record[name] for record in expected], rtol=1e-5
-        )
+    expected = learned(steps_of(Path(alone.out_dir)))
+    np.testing.assert_allclose(learned(steps[:3]), expected, rtol=1e-5)
+
+    processes = start(config, directory, changes=2 * ({"resume": True},))
+    stop_when(lambda: len(steps_of(directory)) >= done + 3, processes, 0, 1)
+    (out, err, status), (_, other_err, other_status) = ended(processes)
+    assert (status, other_status) == (0, 0), err + other_err
+    resumed, uninterrupted = learned(steps_of(directory)), learned(steps_of(whole))
+    assert saved_steps(directory)[0] == len(resumed)
+    assert f"; resumed after step {done}" in out
+    common = min(len(resumed), len(uninterrupted))
+    assert common >= done + 3 and resumed[:common] == uninterrupted[:common]  # to the bit
 
 
 def test_what_differs_between_processes_is_named(config, tmp_path):
