@@ -44,7 +44,8 @@ class Rules:
       most_windows: of the champion and in a duel.
       error: probability that an epoch decides some duel wrongly.
       worthwhile: a relative gain below this is not worth a switch.
-      hopeless: a count that is shown to cost this much more than the other while it still settles is left at once.
+      hopeless: a challenger is left once its visit has lost as much time as if it cost this much more all along; a
+        champion visited again, once it is shown to cost this much more than the contender.
       hold_constants: least time between two epochs, in thermal constants; doubled by every epoch that changes nothing.
       exploration_share: largest share of the time that epochs after the first may cost in the long run.
     """
@@ -59,6 +60,11 @@ class Rules:
     hopeless: float = 0.03
     hold_constants: float = 10.0
     exploration_share: float = 0.003
+
+    @property
+    def loss_s(self) -> float:
+        """Most that a visit to a challenger may lose."""
+        return self.hopeless * (self.settle_constants + 1) * self.thermal_constant_s
 
     @property
     def window_s(self) -> float:
@@ -95,6 +101,7 @@ class State:
       epoch: its number; 0 is the first.
       exploring: whether it is going on.
       fruitless: epochs after the first that changed nothing, less those that did.
+      lost_s: time that the visit has lost against the champion.
       excess_s: time that this epoch has lost on worse counts.
       hold_s: before the next epoch may open.
       level: baselines of signals since they last changed, by name, while committed.
@@ -120,6 +127,7 @@ class State:
     epoch: int = 0
     exploring: bool = True
     fruitless: int = 0
+    lost_s: float = 0.0
     excess_s: float = 0.0
     hold_s: float = 0.0
     level: tuple[tuple[str, Baseline], ...] = ()
@@ -154,10 +162,13 @@ def step(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision
         return state, Decision(state.current)
     state = dataclasses.replace(state, phase_s=state.phase_s + seen.seconds)
     if state.exploring and state.current != state.champion:
-        state = dataclasses.replace(state, excess_s=state.excess_s + seen.seconds * _share_lost(state, seen))
+        lost_s = seen.seconds * _share_lost(state, seen)
+        state = dataclasses.replace(state, lost_s=state.lost_s + lost_s, excess_s=state.excess_s + max(0.0, lost_s))
     if state.phase == "committed":
         return _watch(state, seen)
     state = dataclasses.replace(state, windows=(*state.windows, seen.signals()), seen=state.seen + 1)
+    if state.lost_s > rules.loss_s:
+        return _judge(rules, state, _gap(rules, state))
     if state.phase == "settle":
         return _settle(rules, state, seen)
     if _in_duel(state):
@@ -190,10 +201,9 @@ def state_from_json(record: dict[str, Any]) -> State:
 
 def _settle(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
     """Waits for thermal equilibrium: some constants, and then until the temperature stands still (within reason)."""
-    if _in_duel(state) and state.seen >= rules.least_windows:
+    if _in_duel(state) and state.current == state.champion and state.seen >= rules.least_windows:
         gap = _gap(rules, state)
-        behind = gap.low if state.current != state.champion else -_largest(state, gap)
-        if behind > math.log1p(rules.hopeless):
+        if _largest(state, gap) < -math.log1p(rules.hopeless):
             return _judge(rules, state, gap)
     constant_s, least = rules.thermal_constant_s, rules.settle_constants
     constants, before = state.phase_s / constant_s, (state.phase_s - seen.seconds) / constant_s
@@ -257,7 +267,8 @@ def _judge(rules: Rules, state: State, gap: MeanInterval) -> tuple[State, Decisi
             state = dataclasses.replace(state, contender=challenger, contender_costs=_costs(state))
     else:
         undecided = " (not told apart)" if gap.low <= -math.log1p(rules.worthwhile) else ""
-        reason += f"{undecided}: no reason to switch"
+        dear = f", and have lost {state.lost_s:.1f} s" if state.lost_s > rules.loss_s else ""
+        reason += f"{undecided}{dear}: no reason to switch"
     state = dataclasses.replace(state, gaps=_sorted(dict(state.gaps) | {challenger: found}))
     if state.expected_gap is not None:  # the first duel of a later epoch: is it worth going on?
         alike = duels.alike(found, state.expected_gap, math.log1p(rules.worthwhile))
@@ -317,7 +328,7 @@ def _visit(state: State, num_chunks: int) -> State:
     """The state with a new visit begun, to another count or the same."""
     return dataclasses.replace(
         state, current=num_chunks, switches=state.switches + (num_chunks != state.current), phase="settle",
-        phase_s=0.0, settled_c=None, windows=(), seen=0, evidence=(),
+        phase_s=0.0, settled_c=None, windows=(), seen=0, lost_s=0.0, evidence=(),
     )  # fmt: skip
 
 
@@ -391,11 +402,11 @@ def _costs(state: State) -> tuple[float, ...]:
 
 
 def _share_lost(state: State, seen: Observation) -> float:
-    """Of a challenger's window: what it cost beyond the champion."""
+    """Of a challenger's window: what it cost beyond the champion; negative where it cost less."""
     if not state.champion_costs or (log_cost := finite_log(seen.cost)) is None:
         return 0.0
     gap = log_cost - sum(state.champion_costs) / len(state.champion_costs)
-    return max(0.0, -math.expm1(-gap))
+    return -math.expm1(-gap)
 
 
 def _moved(name: str, before: float, after: float) -> str:

@@ -76,20 +76,13 @@ def test_the_script_writes_records_and_a_figure(gpu, tmp_path, monkeypatch, caps
 def test_the_spread_has_every_scenario_and_seed(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(adaptive_run.devices, "load", lambda name: gpu)
     monkeypatch.setattr(adaptive, "SCENARIOS", {"standard": SCENARIO[:1], "two": SCENARIO[:1]})
-    config = SimulateControllerConfig(candidates=(1, 4), constants=7.0, seed=3, spread=2, out_dir=str(tmp_path / "run"))
-    found = adaptive_run.run(config)["switches"]
+    options = {"candidates": (1, 4), "constants": 12.0, "out_dir": str(tmp_path / "run")}
+    found = adaptive_run.run(SimulateControllerConfig(seed=3, spread=2, **options))["switches"]
     lines = [json.loads(line) for line in (tmp_path / "run/spread.jsonl").read_text().splitlines()]
-    assert [(line["scenario"], line["seed"]) for line in lines] == [
-        ("standard", 3),
-        ("standard", 4),
-        ("two", 3),
-        ("two", 4),
-    ]
-    assert found == {
-        "standard": [line["switches"] for line in lines[:2]],
-        "two": [line["switches"] for line in lines[2:]],
-    }
-    assert all(line["switches"] >= 1 for line in lines)
+    wanted = [(name, seed) for name in ("standard", "two") for seed in (3, 4)]
+    assert [(line["scenario"], line["seed"]) for line in lines] == wanted
+    assert [line["switches"] for line in lines] == found["standard"] + found["two"]
+    assert sum(found["standard"]) > 0 and found["standard"] == found["two"]
 
 
 @pytest.mark.parametrize(

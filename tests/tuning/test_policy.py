@@ -72,6 +72,17 @@ def test_a_gain_that_is_not_worth_a_switch_is_left():
     assert "no reason to switch" in plant.events[1][2]
 
 
+@pytest.mark.parametrize(("cost", "noise"), [(1.1, 0.1), (2.0, 0.003)])
+def test_a_visit_loses_no_more_than_it_may(cost, noise):
+    """However noisy a count is, and however much dearer than the champion: nothing has to be shown to leave it."""
+    plant = Plant(RULES, {4: 1.0, 16: 1.0, 1: cost}, noise=noise)
+    for _ in range(1000):
+        plant.run(plant.time_s + RULES.window_s)
+        assert plant.state.lost_s < RULES.loss_s + RULES.window_s
+    assert plant.state.champion == 4 and not plant.state.exploring
+    assert "1 chunks cost +" in plant.events[-1][2] and "and have lost" in plant.events[-1][2]
+
+
 def test_one_candidate_is_never_left():
     plant = Plant(Rules((8,)), {8: 1.0}, level=lambda t: 1.0 if t < 1000 else 1.2).run(HOUR_S)
     assert plant.path == [8] and plant.kinds()[-1] == "steady"
