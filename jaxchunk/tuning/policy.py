@@ -27,7 +27,7 @@ from jaxchunk.tuning import drift, duels
 from jaxchunk.tuning.drift import Baseline, Cusum
 from jaxchunk.tuning.duels import Gap
 from jaxchunk.tuning.intervals import MeanInterval
-from jaxchunk.tuning.observation import SIGNALS, Observation, finite_log
+from jaxchunk.tuning.observation import SIGNALS, Observation, change_in_words, finite_log
 
 Phase = Literal["settle", "measure", "committed"]
 
@@ -42,7 +42,7 @@ class Rules:
       settle_constants: after a switch nothing is compared for so many thermal constants.
       least_windows: in a duel before it is decided.
       most_windows: of the champion and in a duel.
-      error: probability that an epoch decides some duel wrongly.
+      error: probability that an interval of an epoch's way out misses; the way back adds as much.
       worthwhile: a relative gain below this is not worth a switch.
       hopeless: a challenger is left once its visit has lost as much time as if it cost this much more all along; a
         champion visited again, once it is shown to cost this much more than the contender.
@@ -348,7 +348,7 @@ def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
     if not before and len(state.champion_costs) > 1:
         before = {"cost": drift.baseline(state.champion_costs, SIGNALS["cost"].least_std)}
     moved = tuple(
-        f"{name} {_moved(name, before[name].mean, now.mean)}"
+        f"{name} {change_in_words(name, before[name].mean, now.mean)}"
         for name, now in level.items()
         if name in before and drift.apart(before[name], now, SIGNALS[name].change, rules.most_windows)
     )
@@ -407,11 +407,3 @@ def _share_lost(state: State, seen: Observation) -> float:
         return 0.0
     gap = log_cost - sum(state.champion_costs) / len(state.champion_costs)
     return -math.expm1(-gap)
-
-
-def _moved(name: str, before: float, after: float) -> str:
-    if name == "temperature":
-        return f"{after - before:+.1f} C"
-    if name == "throttle":
-        return f"{100 * (after - before):+.0f}% of the time"
-    return f"{100 * math.expm1(after - before):+.1f}%"
