@@ -47,6 +47,25 @@ SCENARIO = (
 SCENARIO_CONSTANTS = 135.0  # its length
 
 
+def _rooms_and_fans(*changes: tuple[float, float, float]) -> tuple[Disturbance, ...]:
+    """A cold start, and then from some constants on a room of so many degrees and a cooler's resistance."""
+    later = (Disturbance(f"{ambient_c:.0f} °C, x {factor}", at, ambient_c, factor) for at, ambient_c, factor in changes)
+    return (SCENARIO[0], *later)
+
+
+# Others of the same length, to see how much hangs on when and how large the disturbances of the first are.
+SCENARIOS = {
+    "standard": SCENARIO,
+    "early": _rooms_and_fans((20.0, 35.0, 1.0), (60.0, 35.0, 1.15)),
+    "close": _rooms_and_fans((60.0, 35.0, 1.0), (75.0, 35.0, 1.15)),
+    "mild": _rooms_and_fans((45.0, 30.0, 1.0), (90.0, 30.0, 1.1)),
+    "edge": _rooms_and_fans((45.0, 35.0, 1.0), (90.0, 35.0, 1.05)),
+    "strong": _rooms_and_fans((45.0, 40.0, 1.0), (90.0, 40.0, 1.3)),
+    "fan-first": _rooms_and_fans((30.0, 25.0, 1.3), (80.0, 35.0, 1.3)),
+    "swing": _rooms_and_fans(*((20.0 * i, 25.0 + 10.0 * (i % 2), 1.15 if i > 4 else 1.0) for i in range(1, 7))),
+}
+
+
 class Step(NamedTuple):
     """A training step that was simulated."""
 

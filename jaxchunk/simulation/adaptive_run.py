@@ -14,6 +14,7 @@ from jaxchunk.plotting.controller import plot_controller
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.simulation import adaptive, devices
 from jaxchunk.simulation.adaptive import Run
+from jaxchunk.simulation.devices import SimulatedGpu
 from jaxchunk.tuning.policy import Rules
 
 _BIN_S = 30.0
@@ -33,6 +34,10 @@ class SimulateControllerConfig:
     """Length of the simulation, in thermal time constants of the device."""
     seed: int = 0
     """Of the plant."""
+    scenario: str = "standard"
+    """Which disturbances: one of standard, early, close, mild, edge, strong, fan-first, swing."""
+    spread: int = 0
+    """So many seeds from `seed` on, of all scenarios, with the policy alone: only spread.jsonl is written."""
     out_dir: str | None = None
     """Where records, summary and figure go. Default: a new directory under runs/."""
     overwrite: bool = False
@@ -56,7 +61,12 @@ def run(config: SimulateControllerConfig) -> dict[str, Any]:
     gpu.phases("training", "random", max(config.candidates))  # says so at once where there is none
     constant_s = gpu.profile.thermal.time_constant_s
     end_s = config.constants * constant_s
-    scenario = [d for d in adaptive.SCENARIO if d.constants < config.constants]
+    if config.scenario not in adaptive.SCENARIOS:
+        raise InputError(f"--scenario is {config.scenario}; choose from {', '.join(adaptive.SCENARIOS)}")
+    rules = Rules(tuple(sorted(set(config.candidates))), thermal_constant_s=constant_s)
+    if config.spread:
+        return _spread(config, gpu, rules, end_s)
+    scenario = [d for d in adaptive.SCENARIOS[config.scenario] if d.constants < config.constants]
     options: dict[str, Any] = {"scenario": scenario, "end_s": end_s, "seed": config.seed}
     directory = RunDirectory(config.out_dir or new_run_path("simulate-controller"), overwrite=config.overwrite)
     with directory:
@@ -67,7 +77,6 @@ def run(config: SimulateControllerConfig) -> dict[str, Any]:
             print(f"simulating {gpu.profile.name} for {end_s / 60:.0f} minutes at {n} chunk(s) ...", flush=True)
             runs[str(n)] = adaptive.run_fixed(gpu, n, **options)
         print("simulating the policy ...", flush=True)
-        rules = Rules(tuple(sorted(set(config.candidates))), thermal_constant_s=constant_s)
         ours = adaptive.run_adaptive(gpu, rules, config.objective, **options)
         fixed = {int(n): fixed for n, fixed in runs.items()}
         summary = adaptive.compare(ours, fixed, scenario=scenario, constant_s=constant_s, end_s=end_s)
@@ -81,6 +90,23 @@ def run(config: SimulateControllerConfig) -> dict[str, Any]:
     print(json.dumps(summary, indent=2))
     print(f"figure: {Path(figure)}")
     return summary
+
+
+def _spread(config: SimulateControllerConfig, gpu: SimulatedGpu, rules: Rules, end_s: float) -> dict[str, Any]:
+    """How often the policy switches, by scenario, in order of the seeds."""
+    switches: dict[str, list[int]] = {name: [] for name in adaptive.SCENARIOS}
+    with RunDirectory(config.out_dir or new_run_path("simulate-controller"), overwrite=config.overwrite) as directory:
+        directory.write_json("config.json", dataclasses.asdict(config))
+        directory.write_json("env.json", {"jaxchunk": jaxchunk.__version__, "git_commit": environment.git_commit()})
+        for name, scenario in adaptive.SCENARIOS.items():
+            for seed in range(config.seed, config.seed + config.spread):
+                ours = adaptive.run_adaptive(gpu, rules, config.objective, scenario=scenario, end_s=end_s, seed=seed)
+                events = [decision["event"] for decision in ours.decisions]
+                switches[name].append(ours.decisions[-1]["switches"] if ours.decisions else 0)
+                found = {"switches": switches[name][-1], "adopted": events.count("adopt"), "steps": len(ours.steps)}
+                directory.append("spread.jsonl", {"scenario": name, "seed": seed} | found)
+            print(f"{gpu.profile.name}, {name}: {switches[name]} switches", flush=True)
+    return {"what": "SIMULATION: nothing here was measured", "switches": switches}
 
 
 def _bins(ours: Run, runs: dict[str, Run], end_s: float) -> dict[str, Any]:

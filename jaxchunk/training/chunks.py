@@ -55,14 +55,17 @@ def settle(
     )
     finest = dataclasses.replace(config, lmhead_chunks=max(counts))
     size = likely_micro_batch_sizes(finest, model, limit_bytes)[0]
+    frozen = config.adapters is not None
+    weight_dtype = config.compute_dtype if frozen else "float32"  # a frozen base is kept in the one it is used in
     choice = choose_num_chunks(
         jax.ShapeDtypeStruct((size, config.seq_len, model.hidden_size), jnp.dtype(config.compute_dtype)),
-        jax.ShapeDtypeStruct((model.vocab_size, model.hidden_size), jnp.float32),
+        jax.ShapeDtypeStruct((model.vocab_size, model.hidden_size), jnp.dtype(weight_dtype)),
         objective=config.chunk_objective,
         candidates=config.chunk_candidates or None,
         memory_budget_bytes=_memory_for_the_head(config, model, size, limit_bytes),
         budget_s=config.chunk_budget_s,
         time_if_no_energy=config.chunk_time_if_no_energy,
+        frozen_weight=frozen,
         cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
         implementation=config.lmhead_impl,
         ignore_index=IGNORE_INDEX,

@@ -127,6 +127,7 @@ def choose_num_chunks(
     memory_budget_bytes: int | None = None,
     budget_s: float | None = None,
     time_if_no_energy: bool = False,
+    frozen_weight: bool = False,
     use_cache: bool = True,
     cache_dir: Path | str | None = None,
     **options: Any,
@@ -149,6 +150,7 @@ def choose_num_chunks(
       memory_budget_bytes: most that the temporaries of a call may take. Default: what the device has.
       budget_s: time for measuring. Default: 30 s for "time", 120 s else.
       time_if_no_energy: where energy cannot be measured, choose by time instead of raising.
+      frozen_weight: the weight is not trained, so that its gradient is not measured.
       use_cache: take a choice that was made under the same circumstances (device, driver, power limit, shapes, dtypes,
         options, versions), and keep this one.
       cache_dir: where. Default: the user's cache directory.
@@ -182,6 +184,7 @@ def choose_num_chunks(
         "hidden": _shape(shapes.hidden),
         "weight": _shape(shapes.weight),
         "implementation": implementation,
+        "frozen_weight": frozen_weight,
         "options": {name: str(value) for name, value in sorted(options.items())},
         "objective": objective,
         "candidates": list(counts),
@@ -193,7 +196,7 @@ def choose_num_chunks(
         choice = ChunkChoice.from_dict(known, cached=True)
         _logger.info("lm_head_loss: %d chunks, measured before: %s", choice.num_chunks, choice.reason)
         return choice
-    programs, dropped = _compile(shapes, counts, memory_budget_bytes, options)
+    programs, dropped = _compile(shapes, counts, memory_budget_bytes, options, (0,) if frozen_weight else (0, 1))
     monitor: AnyMonitor = (
         Monitor(None, reason_if_none="only the time was asked for") if objective == "time" else watching
     )
@@ -248,9 +251,16 @@ def _candidate(num_chunks: int, temporary_bytes: int, measurements: Sequence[Mea
 
 
 def _compile(
-    shapes: Shapes, counts: Sequence[int], budget_bytes: int | None, options: dict[str, Any]
+    shapes: Shapes,
+    counts: Sequence[int],
+    budget_bytes: int | None,
+    options: dict[str, Any],
+    trained: tuple[int, ...],
 ) -> tuple[dict[int, _Program], dict[str, str]]:
-    """Programs that compile and fit, and why others are dropped; operands are made once for all of them."""
+    """Programs that compile and fit, and why others are dropped; operands are made once for all of them.
+
+    `trained` are the places of the operands, hidden and weight, whose gradients are wanted.
+    """
     limit_bytes = device_memory.limit_bytes(jax.devices()[0])
     hidden, weight, labels = _operands(shapes, options.get("weight_layout", "vd"))
     programs: dict[int, _Program] = {}
@@ -258,7 +268,7 @@ def _compile(
     too_large: dict[int, int] = {}
     for place, n in enumerate(counts, 1):
         _logger.info("compiling the loss with %d chunk(s), %d of %d ...", n, place, len(counts))
-        jitted = jax.jit(jax.value_and_grad(functools.partial(_total_loss, n, options), (0, 1)))
+        jitted = jax.jit(jax.value_and_grad(functools.partial(_total_loss, n, options), trained))
         compile_program = functools.partial(_compiled, jitted, hidden, weight, labels)
         try:
             compiled = compile_if_it_fits(compile_program, limit_bytes)

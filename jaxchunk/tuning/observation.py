@@ -46,3 +46,12 @@ class Observation(NamedTuple):
 def finite_log(value: float | None) -> float | None:
     """The logarithm of a positive number; None of anything else."""
     return math.log(value) if value is not None and 0 < value < math.inf else None
+
+
+def change_in_words(name: str, before: float, after: float) -> str:
+    """Of the level of a signal."""
+    if name == "temperature":
+        return f"{after - before:+.1f} C"
+    if name == "throttle":
+        return f"{100 * (after - before):+.0f}% of the time"
+    return f"{100 * math.expm1(after - before):+.1f}%"

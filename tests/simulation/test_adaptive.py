@@ -73,11 +73,24 @@ def test_the_script_writes_records_and_a_figure(gpu, tmp_path, monkeypatch, caps
     assert '"what": "SIMULATION' in capsys.readouterr().out
 
 
+def test_the_spread_has_every_scenario_and_seed(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptive_run.devices, "load", lambda name: gpu)
+    monkeypatch.setattr(adaptive, "SCENARIOS", {"standard": SCENARIO[:1], "two": SCENARIO[:1]})
+    options = {"candidates": (1, 4), "constants": 12.0, "out_dir": str(tmp_path / "run")}
+    found = adaptive_run.run(SimulateControllerConfig(seed=3, spread=2, **options))["switches"]
+    lines = [json.loads(line) for line in (tmp_path / "run/spread.jsonl").read_text().splitlines()]
+    wanted = [(name, seed) for name in ("standard", "two") for seed in (3, 4)]
+    assert [(line["scenario"], line["seed"]) for line in lines] == wanted
+    assert [line["switches"] for line in lines] == found["standard"] + found["two"]
+    assert sum(found["standard"]) > 0 and found["standard"] == found["two"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"candidates": (0, 1)}, "--candidates is 0 1"),
         ({"constants": 0.0}, "--constants is 0"),
+        ({"scenario": "flood"}, "--scenario is flood; choose from standard, early"),
         ({"device": "l40s"}, "has no training"),
         ({"device": "tpu"}, "neither one of"),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from jaxchunk.errors import InputError
 from jaxchunk.run_dir import RunDirectory, read_json_lines
-from jaxchunk.training import checkpoint, chunks, loop, plan
+from jaxchunk.training import checkpoint, chunks, loop, plan, step
 from jaxchunk.training.checkpoint import load_params
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.tuning import ChunkChoice
@@ -123,14 +123,20 @@ def test_the_reference_has_nothing_to_adapt(adaptive):
         loop.train(dataclasses.replace(adaptive, lmhead_impl="reference"))
 
 
-def test_the_head_may_have_what_the_rest_leaves(auto, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked of `choose_num_chunks`."""
     asked = {}
 
     def choose(hidden, weight, **options):
-        asked.update(options, hidden=hidden.shape)
+        asked.update(options, hidden=hidden, weight=weight)
         return ChunkChoice(4, "", "time", 64, "xla", (), {}, 0.0)
 
     monkeypatch.setattr(chunks, "choose_num_chunks", choose)
+    return asked
+
+
+def test_the_head_may_have_what_the_rest_leaves(auto, asked):
     model = chunks.qwen2.SIZES["tiny"]
     for limit_bytes, config, expected in [
         (None, auto, None),
@@ -139,7 +145,22 @@ def test_the_head_may_have_what_the_rest_leaves(auto, monkeypatch):
     ]:
         settled, _ = chunks.settle(config, model, limit_bytes)
         assert settled.num_chunks == 4 and asked["memory_budget_bytes"] == expected
-        assert asked["hidden"] == (4, 16, 32)
+        assert asked["hidden"].shape == (4, 16, 32)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_head_is_measured_as_training_runs_it(auto, asked, monkeypatch, rank):
+    """Beside adapters the weight is frozen, and is kept in the compute dtype."""
+    run, loss = set(), step.lm_head_loss
+
+    def seen(hidden, weight, *operands, **options):
+        run.add((hidden.dtype, weight.dtype))
+        return loss(hidden, weight, *operands, **options)
+
+    monkeypatch.setattr(step, "lm_head_loss", seen)
+    loop.train(dataclasses.replace(auto, lora_rank=rank, compute_dtype="bfloat16", steps=2))
+    assert run == {(asked["hidden"].dtype, asked["weight"].dtype)}
+    assert asked["frozen_weight"] == (rank > 0)
 
 
 @pytest.mark.parametrize(

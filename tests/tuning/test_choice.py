@@ -86,6 +86,20 @@ def test_a_candidate_that_does_not_compile_is_dropped_with_a_word(choose, monkey
         choose(candidates=(2,))
 
 
+@pytest.mark.parametrize(("frozen", "gemms"), [(False, 3), (True, 2)])
+def test_a_frozen_weight_has_no_gradient_to_measure(choose, monkeypatch, frozen, gemms):
+    lowered, compiled = [], choice._compiled
+
+    def compile_seen(jitted, *operands):
+        lowered.append(jitted.lower(*operands).as_text())
+        return compiled(jitted, *operands)
+
+    monkeypatch.setattr(choice, "_compiled", compile_seen)
+    assert not choose(frozen_weight=frozen).cached
+    assert [text.count("stablehlo.dot_general") for text in lowered] == [gemms, gemms]
+    assert not choose(frozen_weight=not frozen).cached  # another question
+
+
 def test_no_energy_is_refused_unless_time_will_do(choose, caplog):
     with pytest.raises(InputError, match=r"needs energy, and there is no source of it here \(JAX runs on cpu"):
         choose(objective="energy")

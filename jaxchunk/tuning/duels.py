@@ -1,0 +1,53 @@
+"""What windows of two counts say of them: the gap between their costs, and how far it can be believed."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxchunk.tuning.intervals import MeanInterval, anytime_interval
+
+
+class Gap(NamedTuple):
+    """Log cost of a count over the champion's, and half the width of its interval (at most 1, which says nothing)."""
+
+    mean: float
+    half: float
+
+
+def interval_of(costs: Sequence[float], opponent: Sequence[float], error: float) -> MeanInterval:
+    """Of log costs over an opponent's, place by place in their visits: what is left of the transient cancels."""
+    return anytime_interval([a - b for a, b in zip(costs, opponent, strict=False)], error)
+
+
+def gap_of(interval: MeanInterval) -> Gap:
+    """What is remembered of an interval."""
+    return Gap(interval.mean, min(1.0, interval.high - interval.mean))
+
+
+def largest(first: Gap, second: MeanInterval) -> float:
+    """The largest gap that two duels of the same counts leave open, each with a visit of its own to the champion.
+
+    Windows of one visit say nothing of how visits differ. Intervals that do not overlap do: by what lies between them,
+    and a third visit may be as far off once more.
+    """
+    low, high = first.mean - first.half, first.mean + first.half
+    return max(high, second.high) + max(second.low - high, low - second.high, 0.0)
+
+
+def alike(a: Gap, b: Gap, tolerance: float) -> bool:
+    """Whether two gaps may be the same, but for a tolerance."""
+    return abs(a.mean - b.mean) <= a.half + b.half + tolerance
+
+
+def rebased(gaps: dict[int, Gap], old: int, new: int, gap: Gap) -> dict[int, Gap]:
+    """Gaps to the champion, where `new` takes the place of `old`, over which it has a `gap`."""
+    others = {n: Gap(g.mean - gap.mean, min(1.0, g.half + gap.half)) for n, g in gaps.items() if n != new}
+    return others | {old: Gap(-gap.mean, gap.half)}
+
+
+def percent(gap: MeanInterval) -> str:
+    """In words: the cost over the champion's."""
+    if not math.isfinite(gap.low):
+        return f"{100 * math.expm1(gap.mean):+.2f}%"
+    mean, low, high = (100 * math.expm1(min(value, 20.0)) for value in gap)
+    return f"{mean:+.2f}% ({low:+.2f} to {high:+.2f})"
