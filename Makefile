@@ -26,9 +26,10 @@ microbench: $(INSTALLED)
 test: $(INSTALLED)
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(VENV)/bin/python -m pytest -n auto $(ARGS)
 
-# What needs an NVIDIA GPU, in one process: `make test-gpu EXTRA=cuda13`.
+# What needs an NVIDIA GPU: `make test-gpu EXTRA=cuda13`. Programs run once, so XLA is not to time kernels for them.
 test-gpu: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 \
+		$(VENV)/bin/python -m pytest -m gpu -n 8 $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

@@ -14,7 +14,8 @@ from jaxchunk.bench.figures.chunk_sweep import plot_chunk_sweep
 from jaxchunk.bench.harness import BenchConfig
 from jaxchunk.bench.lm_head import LMHeadBenchConfig
 from jaxchunk.bench.protocol import Measurement
-from jaxchunk.bench.statistics import Interval, interval_of, ratio_of
+from jaxchunk.bench.statistics import interval_of, ratio_of
+from jaxchunk.bench.tables import as_dict, cell
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Head, choose_implementation
 from jaxchunk.run_dir import RunDirectory, new_run_path
@@ -188,8 +189,8 @@ def _row(shape: Shape, choice: ChunkChoice, measurements: Sequence[Measurement])
         "reason": choice.reason,
         "measuring_s": choice.measuring_s,
         "best": best,
-        "sweep_over_best": {str(n): _dict(interval) for n, interval in over_best.items()},
-        "chosen_over_best": _dict(over_best[choice.num_chunks]),
+        "sweep_over_best": {str(n): as_dict(interval) for n, interval in over_best.items()},
+        "chosen_over_best": as_dict(over_best[choice.num_chunks]),
     }
 
 
@@ -202,11 +203,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| shape | objective | auto | took, s | best of the sweep | auto / best |", "|" + "---|" * 6]
     for row in rows:
         over = row["chosen_over_best"]
-        ratio = "null" if over is None else f"{over['median']:.4f} ({over['low']:.4f} to {over['high']:.4f})"
+        ratio = cell(over, 1.0, 4, interval=True)
         cells = [row["shape"], row["objective"], row["chosen"], f"{row['measuring_s']:.1f}", row["best"], ratio]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
-
-
-def _dict(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else interval._asdict()

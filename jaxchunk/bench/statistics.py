@@ -20,6 +20,11 @@ class Interval(NamedTuple):
         """Whether a ratio with this interval is told apart from 1."""
         return self.low > 1.0 or self.high < 1.0
 
+    def text(self, digits: int, scale: float = 1.0, unit: str = "") -> str:
+        """`1.017 (1.010 to 1.023)`; the median alone where the values do not differ, as a single one does not."""
+        median, low, high = (f"{value * scale:.{digits}f}" for value in self)
+        return f"{median}{unit}" if self.low == self.high else f"{median}{unit} ({low} to {high})"
+
 
 def bootstrap_median(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
     """Median of the values with the percentile bootstrap's 95% interval (Efron, 1979).

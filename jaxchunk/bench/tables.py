@@ -26,8 +26,7 @@ def cell(value: dict[str, float] | None, scale: float, digits: int, *, interval:
     """A median in units of 1 / `scale`, with its interval if asked for; "null" where it is not known."""
     if value is None:
         return "null"
-    median = f"{value['median'] * scale:.{digits}f}"
-    return f"{median} ({value['low'] * scale:.{digits}f} to {value['high'] * scale:.{digits}f})" if interval else median
+    return Interval(**value).text(digits, scale) if interval else f"{value['median'] * scale:.{digits}f}"
 
 
 def gigabytes(value: int | None) -> str:

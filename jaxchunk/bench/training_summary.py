@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxchunk.bench.protocol import Measurement
-from jaxchunk.bench.statistics import Interval, interval_of, ratio_of
+from jaxchunk.bench.statistics import interval_of, ratio_of
+from jaxchunk.bench.tables import as_dict, cell
 
 
 def summarize(measurements: Sequence[Measurement], tokens: int) -> list[dict[str, Any]]:
@@ -53,19 +54,19 @@ def _row(
         "energy_j": sum(joules) if known else None,
         "energy_bound_j": sum(bounds) if known else None,
         "energy_null_reason": next((m.energy_null_reason for m in own if m.energy_null_reason), None),
-        "energy_per_token_j": _dict(interval_of(measurements, name, per_token)),
+        "energy_per_token_j": as_dict(interval_of(measurements, name, per_token)),
         "temperature_at_end_c": max(own, key=lambda m: m.end_s).temperature_c,
-        "step_time_s": _dict(interval_of(measurements, name)),
-        "tokens_per_s": _dict(interval_of(measurements, name, lambda m: tokens / m.time_s)),
-        "power_w": _dict(interval_of(measurements, name, "power_w")),
-        "power_w_std": _dict(interval_of(measurements, name, "power_w_std")),
-        "sm_clock_mhz": _dict(interval_of(measurements, name, "sm_clock_mhz")),
-        "time_ratio": _dict(ratio_of(measurements, name, base)),
-        "energy_ratio": _dict(ratio_of(measurements, name, base, "energy_j")),
+        "step_time_s": as_dict(interval_of(measurements, name)),
+        "tokens_per_s": as_dict(interval_of(measurements, name, lambda m: tokens / m.time_s)),
+        "power_w": as_dict(interval_of(measurements, name, "power_w")),
+        "power_w_std": as_dict(interval_of(measurements, name, "power_w_std")),
+        "sm_clock_mhz": as_dict(interval_of(measurements, name, "sm_clock_mhz")),
+        "time_ratio": as_dict(ratio_of(measurements, name, base)),
+        "energy_ratio": as_dict(ratio_of(measurements, name, base, "energy_j")),
         "over_peers": {
             peer: {
-                "tokens_per_s": _dict(ratio_of(measurements, name, peer, lambda m: 1 / m.time_s)),
-                "energy_per_token": _dict(ratio_of(measurements, name, peer, "energy_j")),
+                "tokens_per_s": as_dict(ratio_of(measurements, name, peer, lambda m: 1 / m.time_s)),
+                "energy_per_token": as_dict(ratio_of(measurements, name, peer, "energy_j")),
             }
             for peer in peers
             if peer != name
@@ -110,14 +111,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _dict(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else interval._asdict()
-
-
 def _interval(interval: dict[str, float] | None) -> str:
-    if interval is None:
-        return "null"
-    return f"{interval['median']:.4f} ({interval['low']:.4f} to {interval['high']:.4f})"
+    return cell(interval, 1.0, 4, interval=True)
 
 
 def _median(interval: dict[str, float] | None, scale: float = 1.0, digits: str = ".0f") -> str:

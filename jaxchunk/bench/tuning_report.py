@@ -75,14 +75,10 @@ def report(
 
 def _markdown(ranked: Sequence[Finalist]) -> str:
     """Medians with their 95% bootstrap intervals."""
-
-    def cell(interval: Interval) -> str:
-        return f"{interval.median:.3f} ({interval.low:.3f} to {interval.high:.3f})"
-
     lines = ["| configuration | ms | over cuBLAS |", "|---|---|---|"]
     for finalist in ranked:
         name = "cuBLAS, x W^T alone" if finalist.config is None else brief(finalist.config)
-        lines.append(f"| {name} | {cell(finalist.milliseconds)} | {cell(finalist.over_cublas)} |")
+        lines.append(f"| {name} | {finalist.milliseconds.text(3)} | {finalist.over_cublas.text(3)} |")
     return "\n".join(lines)
 
 

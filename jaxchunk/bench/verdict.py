@@ -300,5 +300,4 @@ def _disagreement(measurement: Measurement) -> float | None:
 def _cell(value: Interval | None, scale: float, digits: int, *, interval: bool = False, unit: str = "") -> str:
     if value is None:
         return "null"
-    median = f"{value.median * scale:.{digits}f}{unit}"
-    return f"{median} ({value.low * scale:.{digits}f} to {value.high * scale:.{digits}f})" if interval else median
+    return value.text(digits, scale, unit) if interval else f"{value.median * scale:.{digits}f}{unit}"

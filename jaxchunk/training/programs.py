@@ -1,5 +1,6 @@
 """The compiled programs of a run, made before the first step so that no window of time holds a compilation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -106,7 +107,9 @@ def compile_programs(
         return program
 
     train_step, plan = compile_within_memory(config, model, compile_step, limit_bytes, devices.shards)
-    jitted_eval = jax.jit(make_eval_step(config, model.config, execution, mesh))
+    # A forward pass alone saves nothing that a loop over the blocks would copy, and a loop compiles in seconds.
+    looped = dataclasses.replace(execution, scan_layers=True)
+    jitted_eval = jax.jit(make_eval_step(config, model.config, looped, mesh))
     batch = _batch(plan.micro_batch_size, config, mesh)
     whole = jax.eval_shape(functools.partial(whole_params, config), state.params, state.frozen)
     if mesh is not None:
