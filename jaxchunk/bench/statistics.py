@@ -1,5 +1,6 @@
 """Medians, intervals and ratios of measurements."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ class Interval(NamedTuple):
     def text(self, digits: int, scale: float = 1.0, unit: str = "") -> str:
         """`1.017 (1.010 to 1.023)`; the median alone where the values do not differ, as a single one does not."""
         median, low, high = (f"{value * scale:.{digits}f}" for value in self)
-        return f"{median}{unit}" if self.low == self.high else f"{median}{unit} ({low} to {high})"
+        is_known = not math.isclose(self.low, self.high, rel_tol=1e-9)
+        return f"{median}{unit} ({low} to {high})" if is_known else f"{median}{unit}"
 
 
 def bootstrap_median(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:

@@ -77,7 +77,7 @@ def _draw(
         if (ratio := row[panel.field]) is not None:
             place = counts.index(row["chunks"]), lengths.index(row["seq_len"])
             saved[place] = 100 * (1 - ratio["median"])
-            bold[place] = ratio["high"] < 1 or ratio["low"] > 1
+            bold[place] = row["windows"] > 1 and (ratio["high"] < 1 or ratio["low"] > 1)  # one has no interval
     scale = max(panel.least_scale, float(np.nanmax(np.abs(saved))))
     image = axis.imshow(saved, cmap="RdBu", vmin=-scale, vmax=scale, aspect="auto")
     for (i, j), value in np.ndenumerate(saved):
