@@ -34,7 +34,7 @@ _MIN_COLUMNS = 64
 
 
 def choose_elementwise(requested: Elementwise | None, compute_dtype: DTypeLike) -> tuple[Elementwise, str]:
-    """Settles on kernels where they can run, with the reason.
+    """Settles on how norms and SwiGLU run, with the reason: as kernels where that is asked for.
 
     Raises:
       ValueError: kernels are asked for by name where they cannot run.
@@ -44,7 +44,7 @@ def choose_elementwise(requested: Elementwise | None, compute_dtype: DTypeLike) 
         raise ValueError(f"--elementwise pallas cannot run: {obstacle}")
     if requested is not None:
         return requested, "named by the caller"
-    return ("pallas", "Pallas kernels run on this GPU") if obstacle is None else ("xla", obstacle)
+    return "xla", obstacle or "the kernels are to be named: no training has run with them yet"
 
 
 def residual_norm(
