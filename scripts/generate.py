@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import tyro
 
 from jaxchunk import device_memory
-from jaxchunk.bench.harness import check_seed
 from jaxchunk.errors import InputError, reported_errors
 from jaxchunk.inference import Sampling, pad_prompts, stream, text, unstack_layers
+from jaxchunk.measuring.harness import check_seed
 from jaxchunk.models import hf
 from jaxchunk.models.attention import choose_attention
 from jaxchunk.models.qwen2 import Execution, Params, Qwen2Config

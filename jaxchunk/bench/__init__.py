@@ -1,1 +1,1 @@
-"""Workloads and the measuring protocol that every benchmark of the project shares."""
+"""What is measured: the workloads, the same ones of others, and their tables and figures."""

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxchunk.bench import harness, lm_head
+from jaxchunk.bench import lm_head
 from jaxchunk.bench.figures.chunk_sweep import plot_chunk_sweep
-from jaxchunk.bench.harness import BenchConfig
 from jaxchunk.bench.lm_head import LMHeadBenchConfig
-from jaxchunk.bench.protocol import Measurement
-from jaxchunk.bench.statistics import interval_of, ratio_of
-from jaxchunk.bench.tables import as_dict, cell
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Head, choose_implementation
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import BenchConfig
+from jaxchunk.measuring.protocol import Measurement
+from jaxchunk.measuring.statistics import interval_of, ratio_of
+from jaxchunk.measuring.tables import as_dict, cell
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.telemetry import open_monitor
 from jaxchunk.tuning import ChunkChoice, Objective, candidate_counts, choose_num_chunks

@@ -15,14 +15,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from jaxchunk import device_memory, lm_head_loss, plotting
-from jaxchunk.bench import accuracy, harness, peers
+from jaxchunk.bench import accuracy, peers
 from jaxchunk.bench.accuracy import Case
-from jaxchunk.bench.harness import BenchConfig, Benchmark
 from jaxchunk.bench.lm_head_summary import Program, summarize, table
-from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.device_memory import compile_if_it_fits
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Head, choose_implementation, dispatch
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import BenchConfig, Benchmark
+from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.plotting import AUTODIFF, FLOOR
 from jaxchunk.run_dir import RunDirectory
 

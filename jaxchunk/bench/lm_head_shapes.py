@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxchunk import plotting
-from jaxchunk.bench import harness
-from jaxchunk.bench.harness import BenchConfig
 from jaxchunk.bench.lm_head_summary import Row, table_of_shapes
 from jaxchunk.errors import InputError, RunFailedError
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import BenchConfig
 from jaxchunk.run_dir import RunDirectory, new_run_path
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_lm_head.py"

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxchunk.bench.accuracy import Accuracy
-from jaxchunk.bench.protocol import Measurement, Variant
-from jaxchunk.bench.statistics import interval_of, ratio_of
-from jaxchunk.bench.tables import Column, Row, as_dict, cell, gigabytes, markdown
+from jaxchunk.measuring.protocol import Measurement, Variant
+from jaxchunk.measuring.statistics import interval_of, ratio_of
+from jaxchunk.measuring.tables import Column, Row, as_dict, cell, gigabytes, markdown
 from jaxchunk.plotting import AUTODIFF, FLOOR
 
 

@@ -13,9 +13,8 @@ import numpy as np
 from jax import Array
 
 from jaxchunk import device_memory, lm_head_loss
-from jaxchunk.bench import harness, verdict
+from jaxchunk.bench import verdict
 from jaxchunk.bench.figures import plot_microbench
-from jaxchunk.bench.harness import Benchmark
 from jaxchunk.bench.hlo import softmax_kernels, softmax_survived, surviving_chunks
 from jaxchunk.bench.microbench_config import (
     MicrobenchConfig,
@@ -25,11 +24,13 @@ from jaxchunk.bench.microbench_config import (
     quickened,
     validate,
 )
-from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.bench.softmax_workload import SoftmaxWorkload
 from jaxchunk.bench.timeline import record_timeline
 from jaxchunk.device_memory import compile_if_it_fits
 from jaxchunk.errors import InputError
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import Benchmark
+from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.plotting.style import read_telemetry
 from jaxchunk.run_dir import RunDirectory
 from jaxchunk.telemetry.wall_meter import Lag, WallMeter

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxchunk import device_memory
-from jaxchunk.bench import harness
-from jaxchunk.bench.harness import BenchConfig
-from jaxchunk.bench.protocol import Protocol
 from jaxchunk.bench.softmax_workload import DTYPES, INPUTS, SoftmaxWorkload
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import choose_implementation
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import BenchConfig
+from jaxchunk.measuring.protocol import Protocol
 
 _logger = logging.getLogger("jaxchunk")
 WORKLOADS = ("softmax", "lm_head")

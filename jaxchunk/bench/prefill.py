@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxchunk import device_memory, plotting
-from jaxchunk.bench import harness, prefill_peer
-from jaxchunk.bench.harness import Benchmark
+from jaxchunk.bench import prefill_peer
 from jaxchunk.bench.prefill_config import PrefillBenchConfig, check_positions, named, protocol_of, validate
 from jaxchunk.bench.prefill_summary import sentences, summarize, table
-from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.errors import InputError
 from jaxchunk.inference import prefill, unstack_layers
 from jaxchunk.inference.prefill import lower_layers
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import Benchmark
+from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.models import hf, qwen2
 from jaxchunk.models.attention import choose_attention
 from jaxchunk.models.qwen2 import Execution, Params, Qwen2Config

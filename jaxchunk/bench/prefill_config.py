@@ -4,10 +4,11 @@ import dataclasses
 import math
 from typing import Literal
 
-from jaxchunk.bench import harness, prefill_peer
-from jaxchunk.bench.harness import BenchConfig
-from jaxchunk.bench.protocol import Protocol
+from jaxchunk.bench import prefill_peer
 from jaxchunk.errors import InputError
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import BenchConfig
+from jaxchunk.measuring.protocol import Protocol
 from jaxchunk.models import qwen2
 from jaxchunk.models.qwen2 import AttentionImplementation, Qwen2Config
 

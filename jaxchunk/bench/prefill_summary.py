@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxchunk.bench.protocol import Measurement
-from jaxchunk.bench.statistics import Interval, interval_of, ratio_of, ratio_of_best
-from jaxchunk.bench.tables import Column, Row, as_dict, cell, markdown
+from jaxchunk.measuring.protocol import Measurement
+from jaxchunk.measuring.statistics import Interval, interval_of, ratio_of, ratio_of_best
+from jaxchunk.measuring.tables import Column, Row, as_dict, cell, markdown
 
 PAPER = (
     "The paper's figure, not measured here: at most 1.6% less latency, near 32k tokens, for Llama 8B in vLLM (\"One "

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxchunk.bench import harness, microbench, microbench_config
-from jaxchunk.bench.harness import Benchmark
+from jaxchunk.bench import microbench, microbench_config
 from jaxchunk.bench.microbench_config import MicrobenchConfig
-from jaxchunk.bench.protocol import Measurement, Variant
-from jaxchunk.bench.statistics import bootstrap_median, interval_of, ratios
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import Benchmark
+from jaxchunk.measuring.protocol import Measurement, Variant
+from jaxchunk.measuring.statistics import bootstrap_median, interval_of, ratios
 from jaxchunk.run_dir import RunDirectory
 
 ON, OFF = "sampler on", "sampler off"

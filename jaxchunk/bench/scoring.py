@@ -16,15 +16,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxchunk import device_memory, plotting
-from jaxchunk.bench import accuracy, harness, scoring_peer
-from jaxchunk.bench.harness import BenchConfig, Benchmark
+from jaxchunk.bench import accuracy, scoring_peer
 from jaxchunk.bench.lm_head_shapes import Shape, parse_shape
-from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.bench.scoring_summary import NOTE, Scoring, name_in, sentences, summarize, table
 from jaxchunk.device_memory import compile_if_it_fits
 from jaxchunk.errors import InputError
 from jaxchunk.inference.scoring import head_chunks
 from jaxchunk.lm_head import Head, choose_implementation, token_log_probs
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import BenchConfig, Benchmark
+from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.plotting import BFLOAT16_LOGITS, FLOAT32_LOGITS, FLOOR
 from jaxchunk.run_dir import RunDirectory
 

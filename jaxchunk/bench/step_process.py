@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import jax
 
-from jaxchunk.bench.protocol import Variant
 from jaxchunk.errors import RunFailedError
+from jaxchunk.measuring.protocol import Variant
 
 
 def serve(variants: Sequence[Variant], requests: IO[str], answers: IO[str]) -> None:

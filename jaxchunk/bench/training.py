@@ -17,14 +17,15 @@ from typing import Any, Literal
 import jax
 
 from jaxchunk import data, plotting
-from jaxchunk.bench import harness, training_peers
-from jaxchunk.bench.harness import BenchConfig, Benchmark
+from jaxchunk.bench import training_peers
 from jaxchunk.bench.peers import ALL
-from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.bench.step_process import StepProcesses
 from jaxchunk.bench.training_summary import summarize, table
 from jaxchunk.compilation import keep_programs
 from jaxchunk.errors import InputError, RunFailedError
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import BenchConfig, Benchmark
+from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.models import qwen2
 from jaxchunk.run_dir import RunDirectory
 from jaxchunk.training import config as training_config

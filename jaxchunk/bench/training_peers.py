@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from jaxchunk import data
 from jaxchunk.bench.peers import ALL, Pending
-from jaxchunk.bench.protocol import Variant
 from jaxchunk.errors import InputError
+from jaxchunk.measuring.protocol import Variant
 from jaxchunk.models import hf, qwen2
 from jaxchunk.training.config import TrainConfig
 

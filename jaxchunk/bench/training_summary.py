@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxchunk.bench.protocol import Measurement
-from jaxchunk.bench.statistics import interval_of, ratio_of
-from jaxchunk.bench.tables import as_dict, cell
+from jaxchunk.measuring.protocol import Measurement
+from jaxchunk.measuring.statistics import interval_of, ratio_of
+from jaxchunk.measuring.tables import as_dict, cell
 
 
 def summarize(measurements: Sequence[Measurement], tokens: int) -> list[dict[str, Any]]:

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import jax
 
 from jaxchunk import environment
-from jaxchunk.bench import descent, harness, preflight, tuning_report
-from jaxchunk.bench.harness import OutputConfig
+from jaxchunk.bench import descent, tuning_report
 from jaxchunk.bench.kernel_timing import ChunkShape, KernelBench, parse_shape
 from jaxchunk.bench.tunable_kernels import TunableKernel, kernel_named
 from jaxchunk.bench.tuning_log import Bench, TuningLog
@@ -25,6 +24,8 @@ from jaxchunk.bench.tuning_report import brief
 from jaxchunk.bench.tuning_table import check_table
 from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.lm_head import dispatch
+from jaxchunk.measuring import harness, preflight
+from jaxchunk.measuring.harness import OutputConfig
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.telemetry import open_monitor
 

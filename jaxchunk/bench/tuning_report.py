@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchunk.bench.kernel_timing import ChunkShape
-from jaxchunk.bench.statistics import Interval, bootstrap_median
 from jaxchunk.bench.tuning_log import TuningLog
 from jaxchunk.bench.tuning_table import merge_into
 from jaxchunk.lm_head.kernels.tuned import Entry
+from jaxchunk.measuring.statistics import Interval, bootstrap_median
 from jaxchunk.run_dir import RunDirectory
 
 

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxchunk.bench.protocol import Measurement
-from jaxchunk.bench.statistics import Interval, Quantity, interval_of, ratio_of, ratio_of_best
+from jaxchunk.measuring.protocol import Measurement
+from jaxchunk.measuring.statistics import Interval, Quantity, interval_of, ratio_of, ratio_of_best
 
 # The paper's figures, for comparison. Not measured by us: we have neither device.
 PAPER = {

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxchunk import environment, plotting
-from jaxchunk.bench import harness
-from jaxchunk.bench.harness import OutputConfig
 from jaxchunk.errors import InputError
+from jaxchunk.measuring import harness
+from jaxchunk.measuring.harness import OutputConfig
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.simulation import devices, points, sweeps
 from jaxchunk.simulation.devices import SimulatedGpu

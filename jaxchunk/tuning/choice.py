@@ -16,11 +16,11 @@ from jaxtyping import Float
 
 import jaxchunk
 from jaxchunk import device_memory
-from jaxchunk.bench.protocol import Measurement, Variant
-from jaxchunk.bench.statistics import interval_of
 from jaxchunk.device_memory import compile_if_it_fits
 from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Head, choose_implementation, lm_head_loss
+from jaxchunk.measuring.protocol import Measurement, Variant
+from jaxchunk.measuring.statistics import interval_of
 from jaxchunk.telemetry import AnyMonitor, Monitor, open_monitor
 from jaxchunk.tuning import choice_cache, contest
 from jaxchunk.tuning.candidates import candidate_counts

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from jaxchunk.bench.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
+from jaxchunk.measuring.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
 from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.tuning.objective import Objective, cost
 from jaxchunk.tuning.race import Rules, Standing, standing

@@ -17,9 +17,9 @@ from jaxchunk.bench.figures.microbench_run import read_microbench
 from jaxchunk.bench.figures.power import draw_power
 from jaxchunk.bench.figures.timeline import draw_timeline, one_iteration
 from jaxchunk.bench.microbench_config import MicrobenchConfig
-from jaxchunk.bench.protocol import Measurement
 from jaxchunk.bench.timeline import KernelSpan, write_timeline
 from jaxchunk.errors import InputError
+from jaxchunk.measuring.protocol import Measurement
 from jaxchunk.plotting.style import LabelledPoint, label_points, new_figure
 
 # Made up, of the size of an H200's. Seconds a call at 1, 2, ... chunks.

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxchunk.bench import lm_head
-from jaxchunk.bench.protocol import Measurement
 from jaxchunk.errors import InputError
+from jaxchunk.measuring.protocol import Measurement
 
 CONFIG = lm_head.LMHeadBenchConfig(tokens=64, width=16, vocab=97, chunks=(1, 3))
 

@@ -12,9 +12,9 @@ from jaxchunk import plotting
 from jaxchunk.bench import prefill, prefill_peer
 from jaxchunk.bench.prefill_config import PrefillBenchConfig, check_positions, default_config, protocol_of, validate
 from jaxchunk.bench.prefill_summary import sentences, summarize, table
-from jaxchunk.bench.protocol import Measurement
 from jaxchunk.errors import InputError
 from jaxchunk.inference import unstack_layers
+from jaxchunk.measuring.protocol import Measurement
 from jaxchunk.models import qwen2
 
 CONFIG = PrefillBenchConfig(seq_lens=(8, 12), chunks=(1, 2), settle_s=0.0)

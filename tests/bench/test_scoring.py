@@ -16,10 +16,10 @@ import pytest
 from jaxchunk import plotting
 from jaxchunk.bench import scoring, scoring_peer
 from jaxchunk.bench.lm_head_shapes import Shape
-from jaxchunk.bench.protocol import Measurement, Variant
 from jaxchunk.bench.scoring_summary import Scoring, sentences, summarize, table
 from jaxchunk.errors import InputError
 from jaxchunk.inference import scoring as inference_scoring
+from jaxchunk.measuring.protocol import Measurement, Variant
 
 CONFIG = scoring.ScoringBenchConfig(shapes=("640x16x97:1,5",), repeats=2, window_s=0.01, settle_s=0.0)
 SHAPE = Shape(640, 16, 97, (1, 5))

@@ -10,7 +10,7 @@ from jaxchunk.errors import RunFailedError
 
 WORKER = """
 import os, sys, types
-from jaxchunk.bench.protocol import Variant
+from jaxchunk.measuring.protocol import Variant
 from jaxchunk.bench.step_process import own_pipes, serve
 
 calls = []

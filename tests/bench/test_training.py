@@ -7,10 +7,10 @@ import types
 import pytest
 
 from jaxchunk.bench import training, training_peers
-from jaxchunk.bench.protocol import Measurement
 from jaxchunk.bench.training import TrainingBenchConfig
 from jaxchunk.bench.training_summary import summarize, table
 from jaxchunk.errors import InputError, RunFailedError
+from jaxchunk.measuring.protocol import Measurement
 
 
 def test_all_arms_take_the_smallest_micro_batch(monkeypatch):

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from jaxchunk.bench import verdict
-from jaxchunk.bench.protocol import Measurement
-from jaxchunk.bench.statistics import Interval, ratios
+from jaxchunk.measuring.protocol import Measurement
+from jaxchunk.measuring.statistics import Interval, ratios
 
 DRIFT = [1.0, 1.05, 0.97, 1.02, 1.1]  # common to a repeat: must cancel
 NOISE = [0.0, 0.002, -0.001, 0.001, -0.002]

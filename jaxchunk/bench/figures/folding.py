@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxchunk.bench.protocol import Measurement
+from jaxchunk.measuring.protocol import Measurement
 
 _MOST_BINS = 40
 _SAMPLES_A_BIN = 10  # fewer say little about a 10-90% band

@@ -9,8 +9,8 @@ import numpy as np
 from jaxchunk.bench.figures.microbench_run import MicrobenchRun, read_microbench
 from jaxchunk.bench.figures.power import draw_power
 from jaxchunk.bench.figures.timeline import draw_timeline
-from jaxchunk.bench.statistics import Interval, ratios, values_of
 from jaxchunk.bench.verdict import Row
+from jaxchunk.measuring.statistics import Interval, ratios, values_of
 from jaxchunk.plotting.style import (
     BLUE,
     GREY,

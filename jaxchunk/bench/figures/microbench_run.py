@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxchunk.bench.harness import RECORDS, read_measurements
 from jaxchunk.bench.microbench_config import MicrobenchConfig, flops_per_call
-from jaxchunk.bench.protocol import Measurement
 from jaxchunk.bench.timeline import KernelSpan, read_timeline
 from jaxchunk.bench.verdict import Comparison, Row, compare, pair_to_show
 from jaxchunk.errors import InputError
+from jaxchunk.measuring.harness import RECORDS, read_measurements
+from jaxchunk.measuring.protocol import Measurement
 from jaxchunk.plotting.style import read_telemetry
 
 

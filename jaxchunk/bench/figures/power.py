@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxchunk.bench.figures.folding import Folded, between, fold, renewal, resolution_note, valid_windows
 from jaxchunk.bench.figures.microbench_run import MicrobenchRun
-from jaxchunk.bench.protocol import Measurement
+from jaxchunk.measuring.protocol import Measurement
 from jaxchunk.plotting.style import BLUE, ORANGE, SMALL, tidy, write_titles
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxchunk.bench.statistics import Interval
+from jaxchunk.measuring.statistics import Interval
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]

@@ -1,7 +1,7 @@
 """A simulated GPU under the measuring protocol, in simulated time: for tests of what is concluded from measurements."""
 
-from jaxchunk.bench import protocol as protocol_module
-from jaxchunk.bench.protocol import Variant
+from jaxchunk.measuring import protocol as protocol_module
+from jaxchunk.measuring.protocol import Variant
 from jaxchunk.telemetry import Monitor
 from jaxchunk.telemetry.simulation.plant import Plant, chunked_iteration
 from jaxchunk.telemetry.simulation.plant_device import PlantDevice

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchunk.bench import protocol as protocol_module
-from jaxchunk.bench.protocol import Conditions, Protocol, Variant, measure, settle
-from jaxchunk.bench.statistics import bootstrap_median, interval_of, ratio_of, ratio_of_best, ratios
+from jaxchunk.measuring import protocol as protocol_module
+from jaxchunk.measuring.protocol import Conditions, Protocol, Variant, measure, settle
+from jaxchunk.measuring.statistics import bootstrap_median, interval_of, ratio_of, ratio_of_best, ratios
 from jaxchunk.telemetry import Monitor, Window
 from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice
 from jaxchunk.telemetry.window import summed

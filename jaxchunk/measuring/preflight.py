@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from jaxchunk.bench.protocol import Conditions
+from jaxchunk.measuring.protocol import Conditions
 from jaxchunk.telemetry import AnyMonitor, ReadError
 
 _SLOW_SHARE = 0.5

@@ -16,9 +16,9 @@ import tyro
 from tqdm import tqdm
 
 from jaxchunk import environment
-from jaxchunk.bench import preflight
-from jaxchunk.bench.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
 from jaxchunk.errors import InputError
+from jaxchunk.measuring import preflight
+from jaxchunk.measuring.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
 from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
 from jaxchunk.telemetry import AnyMonitor, open_monitor
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxchunk.bench import harness, preflight
-from jaxchunk.bench.harness import BenchConfig, Benchmark
-from jaxchunk.bench.protocol import Conditions, Protocol, Variant
 from jaxchunk.errors import InputError
+from jaxchunk.measuring import harness, preflight
+from jaxchunk.measuring.harness import BenchConfig, Benchmark
+from jaxchunk.measuring.protocol import Conditions, Protocol, Variant
 from jaxchunk.telemetry import Monitor, ReadFailed
 from jaxchunk.telemetry.simulation.simulated import Constant, ManualClock, SimulatedDevice
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxchunk.bench.protocol import Measurement
+from jaxchunk.measuring.protocol import Measurement
 
 
 class Interval(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from plant_rig import COMPUTE_S, MEMORY_S, Rig
 
 from jaxchunk.bench import verdict
-from jaxchunk.bench.protocol import Protocol, measure, settle
+from jaxchunk.measuring.protocol import Protocol, measure, settle
 from jaxchunk.telemetry.simulation.plant import Plant, chunked_iteration
 from jaxchunk.telemetry.simulation.profiles import H200
 
