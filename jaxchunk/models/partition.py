@@ -26,7 +26,8 @@ _OUTSIDE: dict[str, tuple[str, ...]] = {"embedding": (MODEL, FSDP), "lm_head": (
 _IN_A_BLOCK: dict[str, tuple[str, ...]] = {  # without the leading dimension L
     **dict.fromkeys(("attention_norm", "mlp_norm"), ()),
     **dict.fromkeys(("q_weight", "k_weight", "v_weight", "gate_weight", "up_weight"), (FSDP, MODEL)),
-    "gate_up_weight": (FSDP, MODEL),  # both side by side, as a block is run (`qwen2.side_by_side`)
+    **dict.fromkeys(("q_k_v_weight", "gate_up_weight"), (FSDP, MODEL)),  # as blocks run (`qwen2.side_by_side`)
+    "q_k_v_bias": (MODEL,),
     **dict.fromkeys(("q_bias", "k_bias", "v_bias"), (MODEL,)),
     **dict.fromkeys(("o_weight", "down_weight"), (MODEL, FSDP)),
 }

@@ -285,13 +285,20 @@ def cast_weights(params: Params, dtype: DTypeLike) -> Params:
 
 
 def side_by_side(layer: Params) -> Params:
-    """Parameters of a block, or of all, with gate and up in one matrix, if `swiglu` can take what it gives."""
-    names = "gate_weight", "up_weight"
-    has_adapters = "gate_lora_a" in layer or "up_lora_a" in layer
-    if has_adapters or not can_gate(layer["gate_weight"].shape[-1]):
-        return layer
-    others = {name: leaf for name, leaf in layer.items() if name not in names}
-    return others | {"gate_up_weight": jnp.concatenate([layer[name] for name in names], axis=-1)}
+    """Parameters of a block, or of all, with q, k and v in one matrix, and gate and up if `swiglu` can take them so.
+
+    Products with adapters beside them stay apart.
+    """
+    together = [("q", "k", "v")] + [("gate", "up")] * can_gate(layer["gate_weight"].shape[-1])
+    arranged = dict(layer)
+    for names in together:
+        if any(f"{name}_lora_a" in layer for name in names):
+            continue
+        for kind in ("weight", "bias"):
+            if f"{names[0]}_{kind}" in layer:
+                parts = [arranged.pop(f"{name}_{kind}") for name in names]
+                arranged[f"{'_'.join(names)}_{kind}"] = jnp.concatenate(parts, axis=-1)
+    return arranged
 
 
 def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -345,12 +352,38 @@ def _attention(
     config: Qwen2Config, attend: Attend, rotation: tuple[Array, Array], x: Float[Array, "B S D"], layer: Params
 ) -> Float[Array, "B S D"]:
     B, S, _ = x.shape
-    q, k, v = (_linear(x, layer, name).reshape(B, S, -1, config.head_dim) for name in "qkv")
+    if "q_k_v_weight" in layer:
+        q, k, v = _split(_linear(x, layer, "q_k_v"), config.num_attention_heads, config.num_key_value_heads)
+    else:
+        q, k, v = (_linear(x, layer, name) for name in "qkv")
+    q, k, v = (part.reshape(B, S, -1, config.head_dim) for part in (q, k, v))
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
     precision = "highest" if x.dtype.itemsize >= 4 else "default"  # no TF32 here either
     with jax.default_matmul_precision(precision), jax.named_scope("attention_core"):
         out = attend(q, k, v)
     return _linear(out.reshape(B, S, -1), layer, "o")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _split(q_k_v: Float[Array, "B S C"], num_heads: int, num_kv_heads: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values out of one product; their gradients are put together once, for all that reads them."""
+    C = q_k_v.shape[-1]
+    per_kv = C * num_kv_heads // (num_heads + 2 * num_kv_heads)
+    q, k, v = jnp.split(q_k_v, [C - 2 * per_kv, C - per_kv], axis=-1)
+    return q, k, v
+
+
+def _split_forward(q_k_v: Array, num_heads: int, num_kv_heads: int) -> tuple[tuple[Array, Array, Array], None]:
+    return _split(q_k_v, num_heads, num_kv_heads), None
+
+
+def _split_backward(num_heads: int, num_kv_heads: int, _: None, cotangents: tuple[Array, ...]) -> tuple[Array]:
+    del num_heads, num_kv_heads
+    # Without the barrier XLA makes a copy for each product that reads it.
+    return (jax.lax.optimization_barrier(jnp.concatenate(cotangents, axis=-1)),)
+
+
+_split.defvjp(_split_forward, _split_backward)
 
 
 @jax.named_scope("mlp")

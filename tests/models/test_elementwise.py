@@ -121,12 +121,15 @@ def test_what_is_gated_again_is_not_kept(kernels):
     assert kept("none") - kept("gated") >= one_product
 
 
-def test_adapters_leave_gate_and_up_apart_and_so_does_a_width_that_no_block_divides():
-    layer = {name: jnp.ones((4, 192)) for name in ("gate_weight", "up_weight")}
-    assert qwen2.side_by_side(layer)["gate_up_weight"].shape == (4, 384)
-    assert qwen2.side_by_side(layer | {"up_lora_a": jnp.ones((4, 2))}).keys() >= layer.keys()
-    odd = {name: leaf[:, :96] for name, leaf in layer.items()}
-    assert qwen2.side_by_side(odd) is odd and not elementwise.can_gate(96)
+def test_adapters_leave_products_apart_and_so_does_a_width_that_no_block_divides():
+    layer = {name: jnp.ones((4, 192)) for name in ("gate_weight", "up_weight", "q_weight", "k_weight", "v_weight")}
+    layer |= {name: jnp.ones(192) for name in ("q_bias", "k_bias", "v_bias")}
+    shapes = {name: leaf.shape for name, leaf in qwen2.side_by_side(layer).items()}
+    assert shapes == {"q_k_v_weight": (4, 576), "q_k_v_bias": (576,), "gate_up_weight": (4, 384)}
+    adapters = {"up_lora_a": jnp.ones((4, 2)), "k_lora_a": jnp.ones((4, 2))}
+    assert qwen2.side_by_side(layer | adapters).keys() == (layer | adapters).keys()
+    narrow = {name: leaf[..., :96] for name, leaf in layer.items()}
+    assert "gate_weight" in qwen2.side_by_side(narrow) and not elementwise.can_gate(96)
 
 
 @pytest.mark.parametrize(("mesh_shape", "remat"), [((1, 1, 1), "none"), ((2, 1, 2), "gated"), ((1, 2, 2), "none")])
