@@ -14,6 +14,7 @@ V vocabulary, L layers.
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
@@ -26,10 +27,10 @@ from jaxtyping import Float, Float64, Int, PRNGKeyArray
 from jaxchunk.interleaving import interleave
 from jaxchunk.lm_head.varying import varying_alike
 from jaxchunk.models import partition
-from jaxchunk.models.elementwise import Elementwise, can_gate, residual_norm, swiglu, swiglu_gradient
 
 Params = dict[str, Any]
 AttentionImplementation = Literal["cudnn", "xla"]
+Elementwise = Literal["xla", "pallas", "pallas_interpret"]
 Remat = Literal["none", "gated", "dots", "full"]
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -288,7 +289,7 @@ def side_by_side(layer: Params) -> Params:
     """Parameters of a block, or of all, with gate and up in one matrix, if `swiglu` can take what it gives."""
     names = "gate_weight", "up_weight"
     has_adapters = "gate_lora_a" in layer or "up_lora_a" in layer
-    if has_adapters or not can_gate(layer["gate_weight"].shape[-1]):
+    if has_adapters or not _kernels().can_gate(layer["gate_weight"].shape[-1]):
         return layer
     others = {name: leaf for name, leaf in layer.items() if name not in names}
     return others | {"gate_up_weight": jnp.concatenate([layer[name] for name in names], axis=-1)}
@@ -332,7 +333,7 @@ def decoder_block(
             return x, rms_norm(x, weight, config.rms_norm_eps)
         with jax.named_scope("norm"):
             interpret = elementwise == "pallas_interpret"
-            return residual_norm(x, delta, weight, config.rms_norm_eps, interpret=interpret)
+            return _kernels().residual_norm(x, delta, weight, config.rms_norm_eps, interpret=interpret)
 
     x, normed = norm(x, None, layer["attention_norm"])
     attended = add_up(_attention(config, attend, rotation, normed, layer))
@@ -366,7 +367,7 @@ def _mlp(
 
     def gated(projected: Any, _: Params) -> Array:
         if is_one_product:
-            return swiglu(projected, interpret=interpret)
+            return _kernels().swiglu(projected, interpret=interpret)
         gate, up = projected
         return jax.nn.silu(gate) * up
 
@@ -389,7 +390,7 @@ def _mlp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gated_linear(gate_up: Float[Array, "B S 2F"], weight: Float[Array, "F D"], interpret: bool) -> Array:
     """`swiglu` and a product, of which only `gate_up` is kept: `swiglu_gradient` gives the gated product again."""
-    return _matmul(swiglu(gate_up, interpret=interpret), weight)
+    return _matmul(_kernels().swiglu(gate_up, interpret=interpret), weight)
 
 
 def _gated_linear_forward(gate_up: Array, weight: Array, interpret: bool) -> tuple[Array, tuple[Array, Array]]:
@@ -398,7 +399,8 @@ def _gated_linear_forward(gate_up: Array, weight: Array, interpret: bool) -> tup
 
 def _gated_linear_backward(interpret: bool, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     gate_up, weight = kept
-    d_gate_up, product = swiglu_gradient(gate_up, _matmul(cotangent, weight.T), interpret=interpret)
+    d_product = _matmul(cotangent, weight.T)
+    d_gate_up, product = _kernels().swiglu_gradient(gate_up, d_product, interpret=interpret)
     rows, columns = (a.reshape(-1, a.shape[-1]) for a in (product, cotangent))
     return d_gate_up, _matmul(rows.T, columns)
 
@@ -456,3 +458,10 @@ def _matmul(x: Array, weight: Array, out_dtype: DTypeLike | None = None) -> Arra
     """GEMM over the last dimension; float32 operands are multiplied in float32, not TF32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
     return jnp.matmul(x, weight, precision=precision, preferred_element_type=out_dtype)
+
+
+def _kernels() -> ModuleType:
+    """`elementwise`, imported on demand: JAX does not come with Triton everywhere."""
+    from jaxchunk.models import elementwise
+
+    return elementwise

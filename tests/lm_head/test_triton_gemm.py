@@ -15,7 +15,7 @@ from jaxchunk.lm_head import dispatch
 from jaxchunk.lm_head.kernels import triton_gemm, tuned, xla
 from jaxchunk.lm_head.kernels.triton_gemm import TritonTiles
 from jaxchunk.lm_head.rows import RowOptions
-from jaxchunk.models.elementwise import choose_elementwise
+from jaxchunk.models.elementwise_choice import choose_elementwise
 
 SMALL = TritonTiles(tile_m=16, tile_n=32, tile_k=16, group=2)
 OPTIONS = {
