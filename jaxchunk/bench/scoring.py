@@ -152,7 +152,11 @@ def compile_variants(config: ScoringBenchConfig, shape: Shape, limit_bytes: int 
         if isinstance(peer, str):
             _logger.warning("%s is left out: %s", name_in(shape.name, scoring_peer.TORCH), peer)
             return
-        errors = _errors(scoring_peer.evaluate, cases)
+        try:
+            errors = _errors(scoring_peer.evaluate, cases)
+        except RuntimeError as error:  # torch's OutOfMemoryError is one
+            _logger.warning("%s is left out: %s", name_in(shape.name, peer.name), str(error).splitlines()[0])
+            return
         yield Scoring(_variant(shape, peer.name, peer.call), peer.temporary_bytes, errors, is_peer=True)
 
 

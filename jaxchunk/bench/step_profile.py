@@ -129,11 +129,11 @@ def _of_line(events: Iterable[Any], scopes: Mapping[str, str], on_gpu: bool) -> 
             open_events.pop()
         if open_events:
             outer = open_events[-1]
-            outer_end_ns = found[outer][1]
-            if end_ns <= outer_end_ns:
+            busy_until_ns = max(found[event][1] for event in open_events)
+            if end_ns <= busy_until_ns:
                 others_ns[outer] += end_ns - start_ns
             else:
-                others_ns[i] += outer_end_ns - start_ns
+                others_ns[i] += busy_until_ns - start_ns
         open_events.append(i)
     for i, (start_ns, end_ns, name, stats) in enumerate(found):
         instruction = re.sub(r"\W", "_", str(stats.get("hlo_op", name)))

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jaxchunk.errors import InputError
-from jaxchunk.models import qwen2
+from jaxchunk.models import qwen2, rope
 from jaxchunk.models.qwen2 import Execution, Params, Qwen2Config
 
 
@@ -66,7 +66,7 @@ def extend(
     if length + S > M:
         raise InputError(f"the cache has {M} columns, of which {length} are used; there is no room for {S} more")
     positions = jnp.sum(cache.valid, axis=1, keepdims=True) + jnp.cumsum(valid, axis=1) - 1
-    rotation = qwen2.rope_rotation(config, jnp.maximum(positions, 0))
+    rotation = rope.rotation(config, jnp.maximum(positions, 0))
     seen = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
     columns = cache.length + jnp.arange(S)
     mask = (seen[:, None, :] & (jnp.arange(M)[None, None, :] <= columns[None, :, None]))[:, None]

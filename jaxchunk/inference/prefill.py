@@ -26,7 +26,7 @@ from jaxchunk.errors import InputError
 from jaxchunk.inference.attention import attend_causally
 from jaxchunk.inference.cache import Cache
 from jaxchunk.lm_head import split_rows
-from jaxchunk.models import qwen2
+from jaxchunk.models import qwen2, rope
 from jaxchunk.models.qwen2 import AttentionImplementation, Execution, Params, Qwen2Config
 
 
@@ -221,7 +221,7 @@ def run_layer(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B M K H"], Float[Array, "B M K H"]]:
     """One layer on the columns from `start` on, which see the cache up to there; adds theirs if the cache has room."""
     stop = start + x.shape[1]
-    rotation = qwen2.rope_rotation(config, jnp.arange(start, stop))
+    rotation = rope.rotation(config, jnp.arange(start, stop))
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         nonlocal keys, values

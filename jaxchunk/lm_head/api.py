@@ -83,10 +83,10 @@ def lm_head_loss(
       labels: target ids in [0, V), or `ignore_index`. Other values are an error where they are known; in a jitted
         program they make the loss NaN.
       num_chunks: at least 1; need not divide T (chunks have ceil(T / num_chunks) tokens).
-      implementation: "xla" (any device), "pallas" (NVIDIA GPU), "fused" (NVIDIA GPU from Ampere on, bfloat16, not
+      implementation: "xla" (any device), "pallas" (NVIDIA GPU from Ampere on), "fused" (the same, bfloat16, not
         softcap together with smoothing; on Hopper with JAX 0.11 it wants D and V to be multiples of 16), "reference"
         (unchunked, float32, gradients by autodiff; ignores `num_chunks` and the dtypes), or None: "fused" on Hopper
-        where it can do what is asked, else "pallas" on an NVIDIA GPU, "xla" elsewhere. For tests "pallas_interpret" and
+        where it can do what is asked, else "pallas" where it can run, "xla" elsewhere. For tests "pallas_interpret" and
         "fused_interpret" (the Pallas kernels interpreted, slow) and "fused_xla" (the algorithm of "fused" over a plain
         kernel). A named implementation never falls back to another.
       ignore_index: tokens with this label contribute nothing, whatever their `hidden` holds.

@@ -226,6 +226,9 @@ def pallas_obstacle(platform: str, compute_dtype: jax.numpy.dtype) -> str | None
         return "it needs an NVIDIA GPU and this one is AMD's"
     if compute_dtype.itemsize > 4:
         return f"{_FLOAT32_ONLY} {compute_dtype}"
+    capability = _compute_capability()
+    if capability is not None and int(capability.split(".")[0]) < 8:  # XLA compiles no Triton for it
+        return f"it needs compute capability 8.0 and this device has {capability}"
     try:
         from jax.experimental.pallas import triton  # noqa: F401
     except ImportError:
@@ -239,9 +242,6 @@ def _fused_obstacle(platform: str, compute_dtype: jax.numpy.dtype, head: Head | 
         return obstacle
     if is_hopper():
         return _mosaic_obstacle(compute_dtype, head)
-    capability = _compute_capability()
-    if capability is not None and int(capability.split(".")[0]) < 8:
-        return f"it needs compute capability 8.0 (bfloat16) and this device has {capability}"
     if compute_dtype != jax.numpy.bfloat16:
         return f"{_BFLOAT16_ONLY} {compute_dtype}"
     return _head_obstacle(head)

@@ -13,7 +13,7 @@ Column = tuple[str, Callable[[Row], str]]
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """A table with a line a row."""
     lines = [" | ".join(title for title, _ in columns), "|".join("---" for _ in columns)]
-    lines += [" | ".join(cell(row) for _, cell in columns) for row in rows]
+    lines += [" | ".join(cell_of(row) for _, cell_of in columns) for row in rows]
     return "\n".join([f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:])])
 
 

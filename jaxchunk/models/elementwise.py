@@ -11,40 +11,22 @@ Letters: T rows (tokens), D model width, F feed-forward width.
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from jaxchunk.lm_head import dispatch
 from jaxchunk.lm_head.kernels.triton import sigmoid
 from jaxchunk.lm_head.varying import varying_alike
-
-Elementwise = Literal["xla", "pallas", "pallas_interpret"]
 
 _GATE_BLOCK, _GATE_WARPS = 4096, 8  # elements of SwiGLU that a program handles: two loads of 16 bytes a thread
 _WARP_OF_NORM = 1024  # elements of a row that a warp has: up to that width its threads meet without a barrier
 _NORM_STEPS = 16  # of the norm's gradient in a program, which leaves one row of partial sums for the weight
 _MIN_COLUMNS = 64
-
-
-def choose_elementwise(requested: Elementwise | None, compute_dtype: DTypeLike) -> tuple[Elementwise, str]:
-    """Settles on how norms and SwiGLU run, with the reason: as kernels where that is asked for.
-
-    Raises:
-      ValueError: kernels are asked for by name where they cannot run.
-    """
-    obstacle = dispatch.pallas_obstacle(dispatch.default_platform(), jnp.dtype(compute_dtype))
-    if requested == "pallas" and obstacle is not None:
-        raise ValueError(f"--elementwise pallas cannot run: {obstacle}")
-    if requested is not None:
-        return requested, "named by the caller"
-    return "xla", obstacle or "the kernels are to be named: no training has run with them yet"
 
 
 def residual_norm(

@@ -14,43 +14,25 @@ V vocabulary, L layers.
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float64, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from jaxchunk.interleaving import interleave
 from jaxchunk.lm_head.varying import varying_alike
-from jaxchunk.models import partition
-from jaxchunk.models.elementwise import Elementwise, can_gate, residual_norm, swiglu, swiglu_gradient
+from jaxchunk.models import partition, rope
+from jaxchunk.models.rope import Llama3Rope
 
 Params = dict[str, Any]
 AttentionImplementation = Literal["cudnn", "xla"]
+Elementwise = Literal["xla", "pallas", "pallas_interpret"]
 Remat = Literal["none", "gated", "dots", "full"]
 Attend = Callable[[Array, Array, Array], Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Rope:
-    """How Llama 3.1 stretches the rotary frequencies for sequences longer than it was first trained on.
-
-    Wavelengths beyond `original_max_position_embeddings / low_freq_factor` grow by `factor`, those below
-    `original_max_position_embeddings / high_freq_factor` stay, and in between the frequency is interpolated
-    (`rope_type` "llama3" of Hugging Face, whose names these are).
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(f"{self}: it needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +95,8 @@ class Execution:
       remat: what the backward pass recomputes in a block: "none"; "gated", the product of gate and up; "dots",
         everything but GEMM outputs; "full", everything.
       scan_layers: compile one block and loop over it, instead of all blocks.
-      mlp_chunks: chunks of tokens in which each block's MLP runs (`interleave`), 1 for none.
+      mlp_chunks: chunks of tokens in which each block's MLP runs (`interleave`), 1 for none. This, `elementwise` and
+        `remat` are for `hidden_states`: `jaxchunk.inference` keeps nothing for a backward pass and takes no notice.
       sharded: whether this is inside of a `jax.shard_map` over the axes of `partition`, with parameters as its rules
         shard them.
     """
@@ -244,9 +227,9 @@ def hidden_states(
         0.10 computes a gradient of it that nobody asks for. (Its layout for packed sequences is no public part of JAX.)
     """
     dtype, layers = execution.compute_dtype, params["layers"]
-    rotation, mask = rope_rotation(config, jnp.arange(token_ids.shape[1])), None
+    rotation, mask = rope.rotation(config, jnp.arange(token_ids.shape[1])), None
     if segment_ids is not None:
-        rotation = rope_rotation(config, segment_positions(segment_ids))
+        rotation = rope.rotation(config, segment_positions(segment_ids))
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
     def attend(q: Array, k: Array, v: Array) -> Array:
@@ -287,13 +270,14 @@ def cast_weights(params: Params, dtype: DTypeLike) -> Params:
 def side_by_side(layer: Params) -> Params:
     """Parameters of a block, or of all, with q, k and v in one matrix, and gate and up if `swiglu` can take them so.
 
-    Products with adapters beside them stay apart.
+    Not where there are adapters: those products stay apart, and the base is frozen, so that the others would be there
+    twice.
     """
-    together = [("q", "k", "v")] + [("gate", "up")] * can_gate(layer["gate_weight"].shape[-1])
+    if any("_lora_" in name for name in layer):
+        return layer
+    together = [("q", "k", "v")] + [("gate", "up")] * _kernels().can_gate(layer["gate_weight"].shape[-1])
     arranged = dict(layer)
     for names in together:
-        if any(f"{name}_lora_a" in layer for name in names):
-            continue
         for kind in ("weight", "bias"):
             if f"{names[0]}_{kind}" in layer:
                 parts = [arranged.pop(f"{name}_{kind}") for name in names]
@@ -324,7 +308,7 @@ def decoder_block(
     Args:
       config: the architecture.
       attend: attention of queries [B, S, N, H] to keys and values [B, S, K, H], or to these and others that it knows.
-      rotation: of the tokens' positions, as from `rope_rotation`.
+      rotation: of the tokens' positions, as from `rope.rotation`.
       x: residual stream.
       layer: the block's parameters, in the compute dtype (`cast_weights`); for kernels `side_by_side`.
       add_up: what is done to each branch before it is added: the sum over devices that have a part of it each.
@@ -339,7 +323,7 @@ def decoder_block(
             return x, rms_norm(x, weight, config.rms_norm_eps)
         with jax.named_scope("norm"):
             interpret = elementwise == "pallas_interpret"
-            return residual_norm(x, delta, weight, config.rms_norm_eps, interpret=interpret)
+            return _kernels().residual_norm(x, delta, weight, config.rms_norm_eps, interpret=interpret)
 
     x, normed = norm(x, None, layer["attention_norm"])
     attended = add_up(_attention(config, attend, rotation, normed, layer))
@@ -357,7 +341,7 @@ def _attention(
     else:
         q, k, v = (_linear(x, layer, name) for name in "qkv")
     q, k, v = (part.reshape(B, S, -1, config.head_dim) for part in (q, k, v))
-    q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+    q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
     precision = "highest" if x.dtype.itemsize >= 4 else "default"  # no TF32 here either
     with jax.default_matmul_precision(precision), jax.named_scope("attention_core"):
         out = attend(q, k, v)
@@ -399,7 +383,7 @@ def _mlp(
 
     def gated(projected: Any, _: Params) -> Array:
         if is_one_product:
-            return swiglu(projected, interpret=interpret)
+            return _kernels().swiglu(projected, interpret=interpret)
         gate, up = projected
         return jax.nn.silu(gate) * up
 
@@ -422,7 +406,7 @@ def _mlp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gated_linear(gate_up: Float[Array, "B S 2F"], weight: Float[Array, "F D"], interpret: bool) -> Array:
     """`swiglu` and a product, of which only `gate_up` is kept: `swiglu_gradient` gives the gated product again."""
-    return _matmul(swiglu(gate_up, interpret=interpret), weight)
+    return _matmul(_kernels().swiglu(gate_up, interpret=interpret), weight)
 
 
 def _gated_linear_forward(gate_up: Array, weight: Array, interpret: bool) -> tuple[Array, tuple[Array, Array]]:
@@ -431,7 +415,8 @@ def _gated_linear_forward(gate_up: Array, weight: Array, interpret: bool) -> tup
 
 def _gated_linear_backward(interpret: bool, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     gate_up, weight = kept
-    d_gate_up, product = swiglu_gradient(gate_up, _matmul(cotangent, weight.T), interpret=interpret)
+    d_product = _matmul(cotangent, weight.T)
+    d_gate_up, product = _kernels().swiglu_gradient(gate_up, d_product, interpret=interpret)
     rows, columns = (a.reshape(-1, a.shape[-1]) for a in (product, cotangent))
     return d_gate_up, _matmul(rows.T, columns)
 
@@ -458,34 +443,14 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
     return (x32 * scale * broadcast).astype(x.dtype)
 
 
-def rope_rotation(config: Qwen2Config, positions: Int[Array, "*batch S"]) -> tuple[Array, Array]:
-    """Cosines and sines of the rotary angles, each float32 [*batch, S, 1, H/2] (RoFormer, arXiv:2104.09864)."""
-    frequencies = rope_frequencies(config).astype(np.float32)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rope_frequencies(config: Qwen2Config) -> Float64[np.ndarray, " H/2"]:
-    """Radians a position by which each pair turns."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-np.arange(half) / half)
-    if config.rope_scaling is None:
-        return frequencies
-    rope = config.rope_scaling
-    turns = rope.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context
-    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return frequencies * (kept + (1 - kept) / rope.factor)
-
-
-@jax.named_scope("rope")
-def apply_rope(x: Float[Array, "B S N H"], rotation: tuple[Array, Array]) -> Float[Array, "B S N H"]:
-    """Rotates the pairs (x[i], x[i + H/2]), as Hugging Face's checkpoints expect; in float32."""
-    cos, sin = (r if r.ndim == x.ndim else jnp.expand_dims(r, 0) for r in rotation)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def _matmul(x: Array, weight: Array, out_dtype: DTypeLike | None = None) -> Array:
     """GEMM over the last dimension; float32 operands are multiplied in float32, not TF32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
     return jnp.matmul(x, weight, precision=precision, preferred_element_type=out_dtype)
+
+
+def _kernels() -> ModuleType:
+    """`elementwise`, imported on demand: JAX does not come with Triton everywhere."""
+    from jaxchunk.models import elementwise
+
+    return elementwise

@@ -204,7 +204,7 @@ def open_chunks(
     rules = Rules(tuple(steps), thermal_constant_s=config.chunk_thermal_s)
     controller = Controller(rules, objective, energy_of=energy_of, record=record)
     if (saved := about.get("chunk_controller")) is not None and not controller.go_on_from(saved):
-        _logger.warning("warning: chunk counts are others than in the checkpoint: the policy begins anew")
+        _logger.warning("warning: chunk counts or the policy are others than in the checkpoint: it begins anew")
     return AdaptiveChunks(steps, controller)
 
 

@@ -14,7 +14,7 @@ from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Choice, Head, choose_implementation, split_rows
 from jaxchunk.models import hf, qwen2
 from jaxchunk.models.attention import choose_attention
-from jaxchunk.models.elementwise import choose_elementwise
+from jaxchunk.models.elementwise_choice import choose_elementwise
 from jaxchunk.training import chunks, resume
 from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig

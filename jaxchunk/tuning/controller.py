@@ -92,11 +92,12 @@ class Controller:
         return {"candidates": list(self._rules.candidates), "state": dataclasses.asdict(self._state)}
 
     def go_on_from(self, saved: dict[str, Any]) -> bool:
-        """Takes up a state of `to_json`, unless the candidates are others now; says whether it did.
+        """Takes up a state of `to_json`, unless the candidates or the policy are others now; says whether it did.
 
         The visit that it was in begins anew, for the device has rested.
         """
-        if saved["candidates"] != list(self._rules.candidates):
+        remembered = {field.name for field in dataclasses.fields(policy.State)}
+        if saved["candidates"] != list(self._rules.candidates) or saved["state"].keys() != remembered:
             return False
         self._state = policy.resumed(policy.state_from_json(json.loads(json.dumps(saved["state"]))))
         return True

@@ -15,6 +15,7 @@ from jaxchunk.lm_head import dispatch
 from jaxchunk.lm_head.kernels import triton_gemm, tuned, xla
 from jaxchunk.lm_head.kernels.triton_gemm import TritonTiles
 from jaxchunk.lm_head.rows import RowOptions
+from jaxchunk.models.elementwise_choice import choose_elementwise
 
 SMALL = TritonTiles(tile_m=16, tile_n=32, tile_k=16, group=2)
 OPTIONS = {
@@ -110,10 +111,16 @@ def test_it_takes_any_size_and_only_bfloat16(device):
             dispatch.choose_implementation("fused", head=head, compute_dtype="float32")
 
 
-def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
+def test_no_kernels_are_chosen_for_a_gpu_before_ampere(monkeypatch):
     monkeypatch.setattr(dispatch, "_compute_capability", lambda: "7.5")
-    with on("NVIDIA T4"), pytest.raises(ValueError, match=r"it needs compute capability 8.0 \(bfloat16\) and .* 7.5"):
-        dispatch.choose_implementation("fused", head=dispatch.Head(64, 128, 0, RowOptions(128)))
+    head = dispatch.Head(64, 128, 0, RowOptions(128))
+    obstacle = "it needs compute capability 8.0 and this device has 7.5"
+    with on("NVIDIA T4"):
+        assert dispatch.choose_implementation(head=head) == ("xla", f"pallas cannot run: {obstacle}")
+        assert choose_elementwise(None, "bfloat16") == ("xla", obstacle)
+        for named in ("pallas", "fused"):
+            with pytest.raises(ValueError, match=obstacle):
+                dispatch.choose_implementation(named, head=head)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxchunk.models import elementwise, qwen2
-from jaxchunk.models.elementwise import choose_elementwise, residual_norm, swiglu, swiglu_gradient
+from jaxchunk.models.elementwise import residual_norm, swiglu, swiglu_gradient
 from jaxchunk.models.partition import AXES
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.step import make_gradients
@@ -146,12 +146,3 @@ def test_a_step_lowers_for_cuda_without_a_gpu(mesh_shape, remat):
         traced = gradients.trace(qwen2.param_shapes(model), {"tokens": ids, "labels": ids})
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 6  # two norms and SwiGLU in each direction, and none of them twice
-
-
-def test_kernels_are_named_and_only_where_they_run():
-    choice, reason = choose_elementwise(None, jnp.bfloat16)
-    assert choice == "xla" and reason
-    assert choose_elementwise("xla", jnp.bfloat16) == ("xla", "named by the caller")
-    if jax.default_backend() != "gpu":
-        with pytest.raises(ValueError, match="--elementwise pallas cannot run: it needs an NVIDIA GPU and JAX runs on"):
-            choose_elementwise("pallas", jnp.bfloat16)

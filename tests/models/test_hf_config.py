@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxchunk.errors import InputError
-from jaxchunk.models import hf, qwen2
+from jaxchunk.models import hf, qwen2, rope
+from jaxchunk.models.rope import Llama3Rope
 
 # As published (transformers 4).
 QWEN2_05B = {
@@ -47,7 +48,7 @@ def test_published_configs():
     assert dataclasses.replace(parse(QWEN25_7B), max_position_embeddings=32768) == qwen2.SIZES["qwen2-7b"]
     llama = parse(LLAMA32_1B)
     assert not llama.attention_bias
-    assert llama.rope_scaling == qwen2.Llama3Rope(32.0, 1.0, 4.0, 8192)
+    assert llama.rope_scaling == Llama3Rope(32.0, 1.0, 4.0, 8192)
     assert round(qwen2.num_params(llama) / 1e6) == 1236
 
 
@@ -77,8 +78,8 @@ def test_what_is_missing_has_the_default_of_transformers():
 
 def test_llama3_stretches_low_frequencies_only():
     config = parse(LLAMA32_1B)
-    plain = qwen2.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    ratio = plain / qwen2.rope_frequencies(config)
+    plain = rope.frequencies(dataclasses.replace(config, rope_scaling=None))
+    ratio = plain / rope.frequencies(config)
     assert np.all(np.diff(ratio) >= -1e-12)
     assert (ratio[0], ratio[-1]) == (pytest.approx(1), pytest.approx(32))
     wavelength = 2 * np.pi / plain

@@ -11,12 +11,13 @@ from jaxchunk import data, inference, lm_head_loss
 from jaxchunk.data.chat import CHATML, ChatTemplate
 from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.models.hf.weights import tensors_of
+from jaxchunk.models.rope import Llama3Rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to fix
-LLAMA3 = qwen2.Llama3Rope(8.0, 1.0, 4.0, 32)
+LLAMA3 = Llama3Rope(8.0, 1.0, 4.0, 32)
 CONFIGS = {
     "tied": qwen2.Qwen2Config(101, 48, 3, 6, 2, 40, tie_word_embeddings=True),
     "multi-head": qwen2.Qwen2Config(64, 32, 1, 4, 4, 72, tie_word_embeddings=False, rope_theta=1e4, rms_norm_eps=1e-5),

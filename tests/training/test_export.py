@@ -14,6 +14,7 @@ import pytest
 from jaxchunk import data
 from jaxchunk.errors import InputError
 from jaxchunk.models import hf, qwen2
+from jaxchunk.models.rope import Llama3Rope
 from jaxchunk.training import loop
 from jaxchunk.training.checkpoint import load_params
 from jaxchunk.training.config import TrainConfig
@@ -22,7 +23,7 @@ from jaxchunk.training.export import export_run
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export_hf.py"
 LLAMA = qwen2.Qwen2Config(
     300, 32, 2, 4, 2, 48, tie_word_embeddings=False, attention_bias=False, rope_theta=1e4,
-    rope_scaling=qwen2.Llama3Rope(8.0, 1.0, 4.0, 16), max_position_embeddings=64,
+    rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 16), max_position_embeddings=64,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 from jaxchunk import data
 from jaxchunk.errors import InputError
 from jaxchunk.models import hf, qwen2
+from jaxchunk.models.rope import Llama3Rope
 from jaxchunk.run_dir import read_json_lines
 from jaxchunk.training import loop
 from jaxchunk.training.config import TrainConfig
@@ -78,7 +79,7 @@ def test_the_seed_orders_the_data_and_changes_no_weights(config):
 
 
 def test_a_model_without_attention_biases_is_trained_too(config, tmp_path, tokenizer):
-    llama = dataclasses.replace(MODEL, attention_bias=False, rope_scaling=qwen2.Llama3Rope(8.0, 1.0, 4.0, 16))
+    llama = dataclasses.replace(MODEL, attention_bias=False, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 16))
     hf.save(llama, qwen2.init(llama, jax.random.key(7)), tmp_path / "llama", tokenizer=tokenizer)
     first, second = losses(dataclasses.replace(config, hf_model=str(tmp_path / "llama")))
     assert second < first

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchunk.errors import InputError
-from jaxchunk.models.qwen2 import Llama3Rope, Qwen2Config
+from jaxchunk.models.qwen2 import Qwen2Config
+from jaxchunk.models.rope import Llama3Rope
 
 
 class _Family(NamedTuple):
