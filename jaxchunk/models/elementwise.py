@@ -23,7 +23,7 @@ from jaxtyping import Float
 from jaxchunk.lm_head.kernels.triton import sigmoid
 from jaxchunk.lm_head.varying import varying_alike
 
-_GATE_BLOCK, _GATE_WARPS = 4096, 8  # elements of SwiGLU that a program handles: two loads of 16 bytes a thread
+_GATE_BLOCK = 4096  # elements of SwiGLU that a program handles, where the number of rows lets it
 _WARP_OF_NORM = 1024  # elements of a row that a warp has: up to that width its threads meet without a barrier
 _NORM_STEPS = 16  # of the norm's gradient in a program, which leaves one row of partial sums for the weight
 _MIN_COLUMNS = 64
@@ -120,11 +120,11 @@ def _residual_norm_backward(
     stream, scale, weight, branch = kept
     (T, D), out = stream.shape, _like(stream)
     rows = _rows_of_norm(T, D)
-    steps = math.gcd(T // rows, _NORM_STEPS)
+    steps = min(T // rows, _NORM_STEPS)
     block, vector = pl.BlockSpec((rows * steps, D), lambda i: (i, 0)), pl.BlockSpec((D,), lambda i: (0,))
-    programs = T // (rows * steps)
+    programs = pl.cdiv(T, rows * steps)  # the last one may have fewer steps
     dx, partial = pl.pallas_call(
-        functools.partial(_norm_gradient_kernel, rows=rows, steps=steps),
+        functools.partial(_norm_gradient_kernel, rows=rows, steps=steps, all_steps=T // rows),
         grid=(programs,),
         in_specs=[block, pl.BlockSpec((rows * steps,), lambda i: (i,)), vector, block, block],
         out_specs=[block, pl.BlockSpec((None, D), lambda i: (i, 0))],
@@ -158,7 +158,8 @@ def _norm_kernel(x_ref, *refs, eps: float, has_delta: bool) -> None:  # type: ig
     plgpu.store(normed_ref.at[everything], normed.astype(normed_ref.dtype), mask=mask)
 
 
-def _norm_gradient_kernel(x_ref, scale_ref, w_ref, d_stream_ref, d_normed_ref, dx_ref, dw_ref, *, rows, steps) -> None:  # type: ignore[no-untyped-def]
+def _norm_gradient_kernel(*refs: Any, rows: int, steps: int, all_steps: int) -> None:
+    x_ref, scale_ref, w_ref, d_stream_ref, d_normed_ref, dx_ref, dw_ref = refs
     D = x_ref.shape[1]
     columns, (mask, mask_of_row) = pl.ds(0, _padded(D)), _columns(rows, D)
     w = plgpu.load(w_ref.at[columns], mask=mask_of_row, other=0.0).astype(jnp.float32)
@@ -177,7 +178,8 @@ def _norm_gradient_kernel(x_ref, scale_ref, w_ref, d_stream_ref, d_normed_ref, d
         plgpu.store(dx_ref.at[where], dx.astype(dx_ref.dtype), mask=mask)
         return dw + d_normed * x
 
-    dw = jax.lax.fori_loop(0, steps, step, jnp.zeros((rows, _padded(D)), jnp.float32))
+    own_steps = jnp.minimum(steps, all_steps - pl.program_id(0) * steps)
+    dw = jax.lax.fori_loop(0, own_steps, step, jnp.zeros((rows, _padded(D)), jnp.float32))
     plgpu.store(dw_ref.at[columns], jnp.sum(dw, axis=0), mask=mask_of_row)
 
 
@@ -192,7 +194,7 @@ def _swiglu(gate_up: Array, interpret: bool) -> Array:
         out_specs=single,
         out_shape=_like(gate_up)((T, F), gate_up.dtype),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=_GATE_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_gate_warps(T, F), num_stages=1),
         name="jaxchunk_swiglu",
     )(gate_up)
 
@@ -219,7 +221,7 @@ def _swiglu_gradient(gate_up: Array, cotangent: Array, with_product: bool, inter
         out_specs=[pair, single][: 1 + with_product],
         out_shape=[out(gate_up.shape, gate_up.dtype), out((T, F), gate_up.dtype)][: 1 + with_product],
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=_GATE_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_gate_warps(T, F), num_stages=1),
         name="jaxchunk_swiglu_gradient",
     )(gate_up, cotangent)
 
@@ -243,12 +245,22 @@ def _logistic(x: Array, interpret: bool) -> Array:
     return jax.nn.sigmoid(x) if interpret else sigmoid(x)
 
 
+def _gate_shape(T: int, F: int) -> tuple[int, int]:
+    """Rows and columns that a program has: about `_GATE_BLOCK` elements, fewer where T has few factors of two."""
+    columns = min(_power_of_two_in(F), 1024)
+    return min(_power_of_two_in(T), max(1, _GATE_BLOCK // columns)), columns
+
+
 def _gate_blocks(T: int, F: int) -> tuple[tuple[int, int], pl.BlockSpec, pl.BlockSpec]:
     """Grid, and blocks of [T, 2, F] and of [T, F]."""
-    columns = min(_power_of_two_in(F), 1024)
-    rows = min(_power_of_two_in(T), max(1, _GATE_BLOCK // columns))
+    rows, columns = _gate_shape(T, F)
     pair = pl.BlockSpec((rows, 2, columns), lambda i, j: (i, 0, j))
     return (T // rows, F // columns), pair, pl.BlockSpec((rows, columns), lambda i, j: (i, j))
+
+
+def _gate_warps(T: int, F: int) -> int:
+    """Two loads of 16 bytes a thread."""
+    return max(1, math.prod(_gate_shape(T, F)) // 512)
 
 
 def _rows_of_norm(T: int, D: int) -> int:

@@ -39,7 +39,7 @@ def error(actual, expected):
 
 
 @pytest.mark.parametrize("how", [INTERPRETED, COMPILED])
-@pytest.mark.parametrize(("T", "D"), [(48, 96), (7, 64), (33, 130), (64, 2048)])
+@pytest.mark.parametrize(("T", "D"), [(48, 96), (7, 64), (33, 130), (64, 2048), (37, 1100)])
 @pytest.mark.parametrize("has_delta", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
 def test_a_norm_and_its_gradients_are_those_of_float32(how, T, D, has_delta, dtype, bound):
@@ -91,7 +91,8 @@ def test_swiglu_its_gradient_and_what_comes_again_are_those_of_float32(how, T, F
     ],
     ids=str,
 )
-def test_a_model_with_kernels_has_the_gradients_of_one_without(how):
+@pytest.mark.parametrize("kernels", [INTERPRETED, COMPILED])
+def test_a_model_with_kernels_has_the_gradients_of_one_without(kernels, how):
     params = qwen2.init(CONFIG, jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (2, 12), 0, CONFIG.vocab_size)
     (weights,) = operands(jnp.float32, (2, 12, CONFIG.hidden_size))
@@ -101,7 +102,7 @@ def test_a_model_with_kernels_has_the_gradients_of_one_without(how):
         total = lambda params: jnp.sum(qwen2.hidden_states(CONFIG, params, ids, execution) * weights)  # noqa: E731
         return jax.jit(jax.grad(total))(params)
 
-    plain, fused = gradients(), gradients(elementwise="pallas_interpret", **how)
+    plain, fused = gradients(), gradients(elementwise=kernels, **how)
     for (path, actual), expected in zip(jax.tree.leaves_with_path(fused), jax.tree.leaves(plain), strict=True):
         assert error(actual, expected) < 3e-6, jax.tree_util.keystr(path)
 
