@@ -9,9 +9,8 @@ import pytest
 
 # A shell that starts tests in the background has Ctrl-C ignored, by them and by the scripts that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-gc.set_threshold(
-    50_000, 20, 20
-)  # JAX keeps what it traced: at the default a seventh of the tests' time is looking it over
+# JAX keeps what it traced; at the default, looking over it again and again is a seventh of the tests' time.
+gc.set_threshold(50_000, 20, 20)
 # Most of the tests' time is XLA's, for programs that run once. JAX 0.10 spends two thirds of it on an MLIR pipeline for
 # every fusion; later versions have no other code generator.
 if jax.version.__version_info__ < (0, 11):
