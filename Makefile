@@ -26,10 +26,12 @@ microbench: $(INSTALLED)
 test: $(INSTALLED)
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(VENV)/bin/python -m pytest -n auto $(ARGS)
 
-# What needs an NVIDIA GPU: `make test-gpu EXTRA=cuda13`. Programs run once, so XLA is not to time kernels for them.
+# What needs an NVIDIA GPU: `make test-gpu EXTRA=cuda13`. Programs run once, so XLA is not to time kernels for them, but
+# for tests of what it makes of a program in training (without it no GEMM adds to its result) and of power.
 test-gpu: $(INSTALLED)
 	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 \
-		$(VENV)/bin/python -m pytest -m gpu -n 8 $(ARGS)
+		$(VENV)/bin/python -m pytest -m "gpu and not alone" -n 8 $(ARGS)
+	$(VENV)/bin/python -m pytest -m "gpu and alone" $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

@@ -8,7 +8,7 @@ from jaxchunk.models.qwen2 import Elementwise
 
 
 def choose_elementwise(requested: Elementwise | None, compute_dtype: DTypeLike) -> tuple[Elementwise, str]:
-    """Settles on how norms and SwiGLU run, with the reason: as kernels where that is asked for.
+    """Settles on how norms and SwiGLU run, with the reason: as kernels wherever these can run.
 
     Raises:
       ValueError: kernels are asked for by name where they cannot run.
@@ -18,4 +18,4 @@ def choose_elementwise(requested: Elementwise | None, compute_dtype: DTypeLike) 
         raise ValueError(f"--elementwise pallas cannot run: {obstacle}; use xla, or leave it out")
     if requested is not None:
         return requested, "named by the caller"
-    return "xla", obstacle or "the kernels are to be named: no training has run with them yet"
+    return ("pallas", "the device is an NVIDIA GPU") if obstacle is None else ("xla", obstacle)

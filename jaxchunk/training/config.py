@@ -85,8 +85,7 @@ class TrainConfig:
     attention: Literal["cudnn", "xla"] | None = None
     """Attention implementation. Default: cudnn where it can run."""
     elementwise: Literal["pallas", "xla"] | None = None
-    """Norms and SwiGLU: Pallas kernels (on an NVIDIA GPU), or as XLA compiles them. Default: xla, until the others have
-    been seen in a whole run."""
+    """Norms and SwiGLU: Pallas kernels, or as XLA compiles them. Default: pallas on an NVIDIA GPU."""
     remat: qwen2.Remat = "none"
     """What the backward pass recomputes in a block: none, gated (the product of gate and up, a fifth of what is kept),
     dots (all but GEMM outputs) or full."""

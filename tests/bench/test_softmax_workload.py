@@ -366,6 +366,7 @@ def test_on_a_gpu_the_accumulator_is_right(softmax, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("softmax", ["pallas", "xla"])
 def test_on_a_gpu_chunks_survive_in_place(softmax):
     workload = SoftmaxWorkload(4096, 256, 32768, "bfloat16", softmax)

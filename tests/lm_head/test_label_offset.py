@@ -199,7 +199,9 @@ def test_frozen_operands(implementation, frozen):
 GPU_SHAPES = ((4096, 256), (32768, 256), (4096,))  # enough for the GEMMs that a training step has
 
 
-@ON_CPU_AND_GPU
+@pytest.mark.parametrize(
+    "implementation", ["fused_xla", pytest.param("fused", marks=[pytest.mark.gpu, pytest.mark.alone])]
+)
 def test_d_weight_and_exponentials_are_not_copied(implementation):
     shapes = GPU_SHAPES if implementation == "fused" else ((512, 64), (4096, 64), (512,))
     (T, D), (V, _), _ = shapes

@@ -290,6 +290,7 @@ def test_every_option_lowers_for_cuda_without_a_gpu(options, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_on_a_gpu_d_weight_accumulates_inside_the_gemm_and_dlogits_replace_logits(implementation):
     T, D, V, num_chunks = 4096, 256, 32768, 4

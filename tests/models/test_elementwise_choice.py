@@ -6,19 +6,28 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxchunk.models.elementwise_choice import choose_elementwise
 
 
-def test_kernels_are_named_and_only_where_they_run():
+def test_kernels_are_chosen_where_they_run():
+    is_gpu = jax.default_backend() == "gpu"
     choice, reason = choose_elementwise(None, jnp.bfloat16)
-    assert choice == "xla" and reason
+    assert choice == ("pallas" if is_gpu else "xla") and "NVIDIA GPU" in reason
     assert choose_elementwise("xla", jnp.bfloat16) == ("xla", "named by the caller")
-    if jax.default_backend() != "gpu":
+    if not is_gpu:
         with pytest.raises(
             ValueError, match=r"--elementwise pallas cannot run: it needs an NVIDIA GPU and JAX runs on .*; use xla"
         ):
             choose_elementwise("pallas", jnp.bfloat16)
+
+
+def test_kernels_are_chosen_for_a_gpu_that_is_not_here():
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("a",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert choose_elementwise(None, jnp.bfloat16)[0] == "pallas"
 
 
 def test_a_model_without_kernels_needs_no_triton():

@@ -180,6 +180,7 @@ def test_a_clock_that_was_set_puts_no_sample_at_a_wrong_time(by_s):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_steps_on_a_gpu_have_the_joules_of_the_ticks_around_them():
     """Bursts and pauses between ticks that are each seen: there the counter alone knows the joules to a per cent."""
     monitor = open_monitor(jax.devices()[0])
