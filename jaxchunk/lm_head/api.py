@@ -309,7 +309,11 @@ def _implementation_config(
         "vocab_axes": placement.vocab_axes,
     }
     if implementation in dispatch.FUSED:
-        return label_offset.LabelOffsetConfig(exponentials=dispatch.exponentials(implementation), **common)
+        return label_offset.LabelOffsetConfig(
+            exponentials=dispatch.exponentials(implementation),
+            add_label_rows=dispatch.add_label_rows(implementation),
+            **common,
+        )
     return chunked.ChunkedConfig(
         row_kernels=dispatch.row_kernels(implementation), vocab_dim=settings.vocab_dim, **common
     )

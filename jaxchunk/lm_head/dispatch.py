@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import AbstractDevice
 from jax.typing import DTypeLike
 
+from jaxchunk.lm_head import label_rows
 from jaxchunk.lm_head.chunked import RowKernels
 from jaxchunk.lm_head.kernels import Exponentials, xla
 from jaxchunk.lm_head.rows import RowOptions, RowStatistics
@@ -134,6 +135,16 @@ def _exponentials(implementation: Implementation, *, on_hopper: bool) -> Callabl
     from jaxchunk.lm_head.kernels import mosaic  # imported on demand: JAX 0.10 has not all that it needs
 
     return functools.partial(mosaic.exponentials, interpret=implementation == "fused_interpret")
+
+
+@functools.cache
+def add_label_rows(implementation: Implementation) -> Callable[..., Array]:
+    """How a fused implementation adds rows to those of their labels (`label_rows.py`); the same object every time."""
+    if implementation == "fused_xla":
+        return label_rows.add_label_rows
+    from jaxchunk.lm_head.kernels import triton_label_rows
+
+    return functools.partial(triton_label_rows.add_label_rows, interpret=implementation == "fused_interpret")
 
 
 @functools.cache

@@ -43,6 +43,7 @@ class LabelOffsetConfig:
     Attributes:
       chunk_rows: C, tokens in a chunk.
       exponentials: the kernel (`kernels/__init__.py` has its contract).
+      add_label_rows: adds rows to those of their labels in dW (`label_rows.py`).
       row_options: what is done to a row.
       weighted: whether rows other than ignored ones may have weight 0.
       compute_dtype: dtype of the GEMMs' operands and of E.
@@ -53,6 +54,7 @@ class LabelOffsetConfig:
 
     chunk_rows: int
     exponentials: Callable[..., Exponentials]
+    add_label_rows: Callable[..., Array]
     row_options: RowOptions
     weighted: bool
     compute_dtype: DTypeLike
@@ -145,7 +147,7 @@ def _gradients(
     (dW, db), (results, dx, h, u) = carry, outputs
     own, x = own_labels(labels, W.shape[0], vocab_axes), live_rows(hidden, labels, dtype)
     if dW is not None:
-        dW = add_label_rows(dW, own, h, x)
+        dW = config.add_label_rows(dW, own, h, x)
         if u is not None:
             dW = dW - jnp.sum(u[:, None] * x.astype(u.dtype), axis=0)[None]
         if types.weight.varying == varying_axes(dW):

@@ -2,7 +2,7 @@
 
 Rows are sorted by label, and summed within blocks of sorted rows by a GEMM with a matrix of ones and zeros; a label
 whose rows go on over blocks has its parts brought together by a second, small GEMM. Then every label has one row, and
-the scatter has no index twice.
+the scatter has no index twice. `kernels/triton_label_rows.py` does the same on a GPU.
 """
 
 import math
