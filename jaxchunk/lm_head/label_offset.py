@@ -11,8 +11,9 @@ GEMM: its label's logit, one dot product of length D. One chunk of C tokens:
     dW  = dW + E^T (f * x)                    [V, D]  fp32 carry, accumulated inside the GEMM
 
 and after the loop dW[y] += h * x for all tokens. Logits are not stored and their gradients do not exist: E is written
-once and read twice. c = 40 serves rows whose loss is up to 90 nats. Rows with more are set aside and gone through after
-the loop, relative to their largest logits; whether there are any is asked once, for all chunks.
+once and read twice, and only where there are gradients: the loss alone is in n, and stores nothing of the size of
+logits. c = 40 serves rows whose loss is up to 90 nats. Rows with more are set aside and gone through after the loop,
+relative to their largest logits; whether there are any is asked once, for all chunks.
 """
 
 import dataclasses
@@ -76,19 +77,19 @@ class LabelOffsetConfig:
 def _results(
     config: LabelOffsetConfig, hidden: Array, weight: Array, bias: Array | None, labels: Array, row_weight: Array
 ) -> tuple[RowResults, OffsetStatistics]:
-    """Every row's results, with the statistics behind them: one GEMM a chunk, whose E is not read."""
+    """Every row's results, with the statistics behind them: one GEMM a chunk, of which no E is stored."""
     W = weight.astype(config.compute_dtype)
     z_mean_of = _mean_logits(config, W, bias)
     if config.weighted:
         labels = live_labels(hidden, labels, row_weight)
 
-    def step(_: None, chunk: tuple[Array, Array], *, far: bool = False) -> tuple[None, tuple[Any, Array]]:
+    def step(carry: None, chunk: tuple[Array, Array], *, far: bool = False) -> tuple[None, tuple[Any, Array]]:
         x, y = chunk
         x = live_rows(x, y, config.compute_dtype)
         own = own_labels(y, W.shape[0], config.vocab_axes)
         z_y = _label_logits(config, x, W[own], bias, own)[0]
-        row, is_far = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x), far=far)[1:]
-        return None, ((offset_rows.results(row, config.row_options), row), is_far)
+        _, row, is_far = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x), far=far, store=False)
+        return carry, ((offset_rows.results(row, config.row_options), row), is_far)
 
     outputs, is_far = scan_chunks(step, None, config.chunk_rows, hidden, labels)[1]
     results, row = _with_far_rows(step, None, outputs, is_far, config, hidden, labels)[1]
@@ -125,7 +126,8 @@ def _gradients(
         x, own = live_rows(x, y, dtype), own_labels(y, W.shape[0], vocab_axes)
         W_y = W[own]
         z_y, slope = _label_logits(config, x, W_y, bias, own)
-        E, row, is_far = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x), row, far=far)
+        E, row, is_far = _exponentials(config, x, W, bias, y, own, z_y, z_mean_of(x), row, far=far, store=True)
+        assert E is not None
         f, h, u = offset_rows.coefficients(row, jnp.where(is_far, 0, w), options)
         h = jnp.where(own >= 0, h if slope is None else h * slope, 0)
         dx = None
@@ -203,16 +205,18 @@ def _exponentials(
     row: OffsetStatistics | None = None,
     *,
     far: bool,
-) -> tuple[Array, OffsetStatistics, Array]:
+    store: bool,
+) -> tuple[Array | None, OffsetStatistics, Array]:
     """E of a chunk, the statistics of its rows (as they are where they are known), and which rows are to be set aside.
 
-    Rows that are set aside have finite entries in E, and an n that is as good as any. With `far` there are none: every
-    row is relative to its largest logit.
+    Without `store` there is no E. Rows that are set aside have finite entries in it, and an n that is as good as any.
+    With `far` there are none: every row is relative to its largest logit.
     """
 
-    def at(excess: Array, options: RowOptions) -> tuple[Array, Exponentials]:
+    def at(excess: Array, options: RowOptions, *, store: bool) -> tuple[Array, Exponentials]:
         offset, excess = offset_rows.offset_and_excess(z_y, excess)
-        E, n, largest, moment = config.exponentials(x, W, jnp.where(y >= 0, offset, jnp.inf), own, bias, options)
+        offset = jnp.where(y >= 0, offset, jnp.inf)
+        E, n, largest, moment = config.exponentials(x, W, offset, own, bias, options, store=store)
         if config.vocab_axes:
             if largest is not None:
                 own_largest, largest = largest, lax.pmax(largest, config.vocab_axes)
@@ -223,12 +227,12 @@ def _exponentials(
 
     options, excess, none = config.row_options, jnp.zeros_like(z_y), jnp.zeros(y.shape, bool)
     if row is not None:
-        return at(row.excess, options)[1].E, row, none
+        return at(row.excess, options, store=store)[1].E, row, none
     if far:
-        excess, first = at(excess, dataclasses.replace(options, metrics=True))
+        excess, first = at(excess, dataclasses.replace(options, metrics=True), store=False)
         assert first.largest is not None
         excess = jnp.where(y >= 0, excess + (first.largest - COMMON_RISE), 0)
-    excess, (E, n, largest, moment) = at(excess, options)
+    excess, (E, n, largest, moment) = at(excess, options, store=store)
     is_far = none if far else n > LARGEST_SUM
     n = jnp.where(is_far, 1, n)
     return E, OffsetStatistics(excess, n, z_y, z_mean, largest, moment), is_far

@@ -5,6 +5,8 @@
 """
 
 import functools
+import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxchunk import lm_head_loss
+from jaxchunk.lm_head.kernels import Exponentials, xla
 
 IGNORE = -100
 CHUNKED = [
@@ -37,6 +40,23 @@ class Problem(NamedTuple):
     hidden: jax.Array
     weight: jax.Array
     labels: jax.Array
+
+
+def has_array(lowered: str, *shape: int) -> bool:
+    """Whether a lowered program has floats of this shape anywhere outside of its kernels."""
+    return re.search(rf"tensor<{'x'.join(map(str, shape))}x(?:bf16|f32)>", lowered) is not None
+
+
+def assert_kernel_as_plain(kernel: Callable[..., Exponentials], *operands: Any) -> None:
+    """A kernel of the fused implementation against the one in plain jnp, and against itself where it stores no E."""
+    expected = jax.jit(xla.exponentials, static_argnums=5)(*operands)
+    found, unstored = kernel(*operands), kernel(*operands, store=False)
+    np.testing.assert_allclose(found.E.astype(jnp.float32), expected.E.astype(jnp.float32), rtol=1e-2)
+    assert unstored.E is None
+    for value, without_E, wanted in zip(found[1:], unstored[1:], expected[1:], strict=True):
+        if wanted is not None:
+            np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(without_E, value, rtol=1e-6)  # XLA may add in another order
 
 
 class Options(NamedTuple):

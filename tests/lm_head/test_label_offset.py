@@ -13,6 +13,8 @@ from lm_head_oracle import (
     IGNORE,
     assert_as_exact,
     assert_close,
+    assert_kernel_as_plain,
+    has_array,
     oracle,
     problem,
     relative_error,
@@ -279,32 +281,49 @@ KERNEL_CASES = {
 }
 
 
-@needs_mosaic
+INTERPRETED_AND_ON_A_GPU = pytest.mark.parametrize(
+    "interpret", [pytest.param(True, marks=needs_mosaic), pytest.param(False, marks=pytest.mark.gpu)]
+)
+
+
+@INTERPRETED_AND_ON_A_GPU
 @pytest.mark.parametrize(("shape", "has_bias", "options"), KERNEL_CASES.values(), ids=KERNEL_CASES.keys())
-def test_every_option_of_the_kernel(shape, has_bias, options):
-    check_kernel(shape, has_bias, options, {})
+def test_every_option_of_the_kernel(shape, has_bias, options, interpret):
+    check_kernel(shape, has_bias, options, {}, interpret)
 
 
-@needs_mosaic
+@INTERPRETED_AND_ON_A_GPU
 @pytest.mark.parametrize("settings", KERNEL_CONFIGS.values(), ids=KERNEL_CONFIGS.keys())
-def test_every_schedule_of_the_kernel(settings):
-    check_kernel((200, 208, 848), True, {"metrics": True}, settings)
+def test_every_schedule_of_the_kernel(settings, interpret):
+    check_kernel((200, 208, 848), True, {"metrics": True}, settings, interpret)
 
 
-def check_kernel(shape, has_bias, options, settings):
-    from jaxchunk.lm_head.kernels import mosaic
+@INTERPRETED_AND_ON_A_GPU
+@pytest.mark.parametrize("name", ["softcap", "all"])
+def test_options_of_the_kernel_in_pingpong(name, interpret):
+    check_kernel(*KERNEL_CASES[name], KERNEL_CONFIGS["pingpong"], interpret)
 
+
+@pytest.mark.parametrize(("shape", "has_bias", "options"), KERNEL_CASES.values(), ids=KERNEL_CASES.keys())
+def test_the_plain_kernel_may_leave_out_exponentials(shape, has_bias, options):
+    assert_kernel_as_plain(xla.exponentials, *kernel_operands(shape, has_bias, options))
+
+
+def kernel_operands(shape, has_bias, options):
     (C, _, V), p = shape, problem(*shape, jnp.bfloat16)
     labels = jnp.where(p.labels == IGNORE, -1, p.labels)
     offset = jnp.where(labels >= 0, jnp.linspace(-3.0, 3.0, C), jnp.inf)
     bias = jnp.linspace(-1.0, 1.0, V) if has_bias else None
-    operands = p.hidden, p.weight, offset, labels, bias, RowOptions(V, **options)
-    expected = jax.jit(xla.exponentials, static_argnums=5)(*operands)
-    found = mosaic.exponentials(*operands, config=mosaic.MosaicConfig(**settings), interpret=True)
-    np.testing.assert_allclose(found.E.astype(jnp.float32), expected.E.astype(jnp.float32), rtol=1e-2)
-    for value, wanted in zip(found[1:], expected[1:], strict=True):
-        if wanted is not None:
-            np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+    return p.hidden, p.weight, offset, labels, bias, RowOptions(V, **options)
+
+
+def check_kernel(shape, has_bias, options, settings, interpret):
+    if not (interpret or dispatch.is_hopper()):
+        pytest.skip("it needs a Hopper GPU and JAX 0.11")
+    from jaxchunk.lm_head.kernels import mosaic
+
+    kernel = functools.partial(mosaic.exponentials, config=mosaic.MosaicConfig(**settings), interpret=interpret)
+    assert_kernel_as_plain(kernel, *kernel_operands(shape, has_bias, options))
 
 
 def on_hopper():
@@ -331,15 +350,21 @@ def check_that_the_kernel_lowers(C, D, V, settings, **options):
     shapes, dtypes = ((C, D), (V, D), (C,), (C,)), ("bfloat16", "bfloat16", "float32", "int32")
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     config = mosaic.MosaicConfig(**settings)
-    kernel = jax.jit(lambda *xs: mosaic.exponentials(*xs, None, RowOptions(V, **options), config=config))
+    kernel = functools.partial(mosaic.exponentials, bias=None, options=RowOptions(V, **options), config=config)
+    for store in (True, False):
+        text = lowered_for_hopper(functools.partial(kernel, store=store), *operands)
+        assert text.count("custom_call @mosaic_gpu") == 1
+        assert has_array(text, C, V) == store
+
+
+def lowered_for_hopper(function, *operands):
     with on_hopper():
-        text = kernel.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 1
+        return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @needs_mosaic
 @pytest.mark.parametrize("options", [{"logit_softcap": 30.0, "with_metrics": True}, {"reduction": "none"}], ids=str)
-def test_the_loss_lowers_for_cuda_without_a_gpu(options):
+def test_the_loss_lowers_for_cuda_without_a_gpu_and_keeps_exponentials_for_gradients_alone(options):
     shapes, dtypes = ((500, 80), (1200, 80), (500,)), ("bfloat16", "float32", "int32")
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
@@ -347,10 +372,10 @@ def test_the_loss_lowers_for_cuda_without_a_gpu(options):
         result = lm_head_loss(*xs, num_chunks=2, implementation="fused", **options)
         return jnp.sum(result[0] if options.get("with_metrics") else result)
 
-    with on_hopper():
-        gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
-        text = gradients.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    assert "jaxchunk_exponentials" in text or "mosaic_gpu" in text
+    for function, has_gradients in ((jax.value_and_grad(loss, (0, 1)), True), (loss, False)):
+        text = lowered_for_hopper(function, *operands)
+        assert "mosaic_gpu" in text
+        assert has_array(text, 256, 1200) == has_gradients
 
 
 @needs_mosaic

@@ -14,8 +14,9 @@ ignored (the caller gives it weight 0), or its label's column is in another slic
 The fused implementation (`label_offset.py`) has one function of `x[C, D]`, `W[V, D]`, `offset[C]`, `labels[C]`,
 `bias[V]` or None and `RowOptions`, which makes the logits and never stores them:
 
-    exponentials(x, W, offset, labels, bias, options) -> Exponentials   one GEMM, one write
+    exponentials(x, W, offset, labels, bias, options, *, store=True) -> Exponentials   one GEMM, one write
 
+Without `store` there is no E, and nothing of its size is written; all else is the same.
 """
 
 import math
@@ -38,20 +39,20 @@ class Exponentials(NamedTuple):
 
     Attributes:
       E: [C, V], exp(z_j - o), at most LARGEST_STORED, times the softcap's slope, in the dtype of x; 0 in the label's
-        column and in rows whose offset is +inf.
+        column and in rows whose offset is +inf. None where it was not to be stored.
       n: [C], sum of exp(z_j - o), float32 and from float32 values.
       largest: [C], largest z_j - o + COMMON_RISE, for the metrics and far rows only; -inf in rows whose offset is +inf.
       moment: [C], sum of exp(z_j - o) (z_j - o + COMMON_RISE - largest), for the metrics only.
     """
 
-    E: Array
+    E: Array | None
     n: Array
     largest: Array | None
     moment: Array | None
 
 
 def exponentials_of_parts(
-    E: Float[Array, "C V"], sums: Float[Array, "P C"], maxima_and_moments: Sequence[Float[Array, "P C"]]
+    E: Float[Array, "C V"] | None, sums: Float[Array, "P C"], maxima_and_moments: Sequence[Float[Array, "P C"]]
 ) -> Exponentials:
     """Puts together what a kernel found of P parts of each row.
 

@@ -1,8 +1,9 @@
 """Exponentials of a chunk in the epilogue of a GEMM, in Pallas Mosaic GPU: for Hopper (TMA, wgmma).
 
 One warpgroup of every block moves tiles of x and W to shared memory by TMA; two others multiply them, turn their
-float32 accumulators into exponentials, store these by TMA and leave sums and maxima of their part of each row. A block
-stays on its multiprocessor and works through output tiles in an order that keeps W in the L2 cache.
+float32 accumulators into exponentials, store these by TMA (if anybody is to read them) and leave sums and maxima of
+their part of each row. A block stays on its multiprocessor and works through output tiles in an order that keeps W in
+the L2 cache.
 
 Two schedules of the two computing warpgroups:
 
@@ -47,10 +48,11 @@ def exponentials(
     bias: Float[Array, " V"] | None,
     options: RowOptions,
     *,
+    store: bool = True,
     config: MosaicConfig | None = None,
     interpret: bool = False,
 ) -> Exponentials:
-    """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write."""
+    """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write with `store`."""
     (C, D), V = x.shape, W.shape[0]
     config = config or choose_config(C, D, V)
     if config.obstacle is not None:
@@ -76,10 +78,11 @@ def exponentials(
     out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(inputs[0]).manual_axis_type)
     parts = out((grid_n * cluster_n // config.tile_n, grid_m * cluster_m), jnp.float32)
     cluster_size = 1 if config.cluster is None else 2
-    tiles = Tiles(C, V, D, grid_m, grid_n, config, options, has_bias=bias is not None)
-    E, sums, *maxima_and_moments = plgpu.kernel(
+    tiles = Tiles(C, V, D, grid_m, grid_n, config, options, has_bias=bias is not None, store=store)
+    E_type = [out((C, V), x.dtype)] if store else []
+    outputs = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles),
-        out_type=[out((C, V), x.dtype), *[parts] * (3 if options.metrics else 1)],
+        out_type=[*E_type, *[parts] * (3 if options.metrics else 1)],
         grid=(min(2 if interpret else num_multiprocessors() // cluster_size, grid_m * grid_n),),
         grid_names=("block",),
         cluster=(cluster_size,),
@@ -90,6 +93,7 @@ def exponentials(
         interpret=interpreter() if interpret else None,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*inputs)
+    E, (sums, *maxima_and_moments) = (outputs[0], outputs[1:]) if store else (None, outputs)
     return exponentials_of_parts(E, sums[:, :C], [parts[:, :C] for parts in maxima_and_moments])
 
 
@@ -105,12 +109,13 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, mask_ref, *refs, tiles: Tiles)
     bias_ref, out_refs = (refs[0], refs[1:]) if tiles.has_bias else (None, refs)
     config = tiles.config
     block_m, block_n = config.block_tile
+    slots = (2, config.store_slots, config.tile_m, config.store_n)
 
     @functools.partial(
         pl.run_scoped,
         x_smem=_shared((config.stages, block_m, config.tile_k), x_ref.dtype, tiles.D),
         W_smem=_shared((config.stages, block_n, config.tile_k), W_ref.dtype, tiles.D),
-        E_smem=_shared((2, config.store_slots, config.tile_m, config.store_n), out_refs[0].dtype, tiles.V),
+        E_smem=_shared(slots, out_refs[0].dtype, tiles.V) if tiles.store else None,
         filled=plgpu.Barrier(num_arrivals=2, num_barriers=config.barriers),
         drained=_drained_barrier(config),
         turns=plgpu.Barrier(num_barriers=2),
@@ -130,7 +135,8 @@ def _kernel(x_ref, W_ref, offset_ref, labels_ref, mask_ref, *refs, tiles: Tiles)
             multiply = functools.partial(_product, x_smem, W_smem, filled, drained, turns, tiles)
             finish = functools.partial(_finish_tile, bias_ref, out_refs, E_smem, tiles)
             _compute(offset_ref, labels_ref, mask_ref, multiply, finish, turns, tiles)
-            plgpu.wait_smem_to_gmem(0)
+            if tiles.store:
+                plgpu.wait_smem_to_gmem(0)
 
 
 def _load_operands(x_ref: Any, W_ref: Any, x_smem: Any, W_smem: Any, filled: Any, drained: Any, tiles: Tiles) -> None:
@@ -258,13 +264,13 @@ def _finish_tile(
     label: Array | None,
     raw: Array,
 ) -> None:
-    """Exponentials of a warpgroup's tile, stored; sums (and for the metrics maxima and moments) of its rows.
+    """Exponentials of a warpgroup's tile, stored or not; sums (and for the metrics maxima and moments) of its rows.
 
     It goes on in steps of `store_n` columns, so that one's exponentials are taken while the one before is stored. With
     a `label` no column is counted that is a label's or outside of V.
     """
     config = tiles.config
-    E_ref, *parts_refs = out_refs
+    E_ref, parts_refs = (out_refs[0], out_refs[1:]) if tiles.store else (None, out_refs)
     part, own_rows = lax.div(n, jnp.int32(config.tile_n)), pl.ds(m, config.tile_m)
     parts: list[Array] = []
     for i in range(config.tile_n // config.store_n):
@@ -286,9 +292,10 @@ def _finish_tile(
             below = exponent - lax.broadcast_in_dim(top, exponent.shape, (0,))
             new += [top, jnp.sum(jnp.where(e > 0, e * below, 0.0), axis=1)]
         parts = _combined(parts, new) if parts else new
-        e = jnp.minimum(e, LARGEST_STORED)
-        slot = E_smem.at[lax.axis_index("warpgroup"), i % config.store_slots]
-        _store(e if slope is None else e * slope, E_ref.at[own_rows, pl.ds(start, config.store_n)], slot, config)
+        if E_ref is not None:
+            e = jnp.minimum(e, LARGEST_STORED)
+            slot = E_smem.at[lax.axis_index("warpgroup"), i % config.store_slots]
+            _store(e if slope is None else e * slope, E_ref.at[own_rows, pl.ds(start, config.store_n)], slot, config)
     for ref, value in zip(parts_refs, parts, strict=True):
         ref[part, own_rows] = value
 

@@ -105,6 +105,7 @@ class Tiles:
     config: MosaicConfig
     options: RowOptions
     has_bias: bool
+    store: bool
 
     @property
     def steps(self) -> int:

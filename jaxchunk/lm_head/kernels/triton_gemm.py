@@ -75,10 +75,11 @@ def exponentials(
     bias: Float[Array, " V"] | None,
     options: RowOptions,
     *,
+    store: bool = True,
     config: TritonTiles | None = None,
     interpret: bool = False,
 ) -> Exponentials:
-    """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write."""
+    """`Exponentials` of a chunk (`kernels/__init__.py` has the contract): one GEMM, one write with `store`."""
     (C, D), V = x.shape, W.shape[0]
     config = config or choose_config(C, D, V)
     grid_m, grid_n = -(-C // config.tile_m), -(-V // config.tile_n)
@@ -86,20 +87,23 @@ def exponentials(
     out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(inputs[0]).manual_axis_type)
     whole = [pl.BlockSpec(array.shape, lambda i, rank=array.ndim: (0,) * rank) for array in inputs]
     parts = (grid_n, C)
-    out_shape = [out((C, V), x.dtype), *[out(parts, jnp.float32)] * (3 if options.metrics else 1)]
-    E, sums, *maxima_and_moments = pl.pallas_call(
-        functools.partial(_kernel, shape=(C, V, D), config=config, options=options, has_bias=bias is not None),
+    parts_out = [(out(parts, jnp.float32), pl.BlockSpec(parts, lambda i: (0, 0)))] * (3 if options.metrics else 1)
+    E_tile = pl.BlockSpec((config.tile_m, config.tile_n), lambda i: _tile(i, grid_m, grid_n, config.group))
+    E_out = [(out((C, V), x.dtype), E_tile)] if store else []
+    out_shape, out_specs = zip(*E_out, *parts_out, strict=True)
+    outputs = pl.pallas_call(
+        functools.partial(
+            _kernel, shape=(C, V, D), config=config, options=options, has_bias=bias is not None, store=store
+        ),
         grid=(grid_m * grid_n,),
         in_specs=whole,
-        out_specs=[
-            pl.BlockSpec((config.tile_m, config.tile_n), lambda i: _tile(i, grid_m, grid_n, config.group)),
-            *[pl.BlockSpec(parts, lambda i: (0, 0))] * (len(out_shape) - 1),
-        ],
+        out_specs=out_specs,
         out_shape=out_shape,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="jaxchunk_exponentials",
     )(*inputs)
+    E, (sums, *maxima_and_moments) = (outputs[0], outputs[1:]) if store else (None, outputs)
     return exponentials_of_parts(E, sums, maxima_and_moments)
 
 
@@ -118,8 +122,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     config: TritonTiles,
     options: RowOptions,
     has_bias: bool,
+    store: bool,
 ) -> None:
-    bias_ref, (E_ref, *parts_refs) = (refs[0], refs[1:]) if has_bias else (None, refs)
+    bias_ref, out_refs = (refs[0], refs[1:]) if has_bias else (None, refs)
+    E_ref, parts_refs = (out_refs[0], out_refs[1:]) if store else (None, out_refs)
     C, V, _ = shape
     m, n = _tile(pl.program_id(0), -(-C // config.tile_m), -(-V // config.tile_n), config.group)
     own_rows, columns = pl.ds(m * config.tile_m, config.tile_m), pl.ds(n * config.tile_n, config.tile_n)
@@ -143,9 +149,10 @@ def _kernel(  # type: ignore[no-untyped-def]
         parts += [top, jnp.sum(jnp.where(e > 0, e * (exponent - top[:, None]), 0.0), axis=1)]
     for ref, value in zip(parts_refs, parts, strict=True):
         plgpu.store(ref.at[n, own_rows], value, mask=row < C)
-    e = jnp.minimum(e, LARGEST_STORED)
-    stored = (e if slope is None else e * slope).astype(E_ref.dtype)
-    plgpu.store(E_ref, stored, mask=(row < C)[:, None] & (column < V)[None, :])
+    if E_ref is not None:
+        e = jnp.minimum(e, LARGEST_STORED)
+        stored = (e if slope is None else e * slope).astype(E_ref.dtype)
+        plgpu.store(E_ref, stored, mask=(row < C)[:, None] & (column < V)[None, :])
 
 
 def _tile(i: Array, grid_m: int, grid_n: int, group: int) -> tuple[Array, Array]:

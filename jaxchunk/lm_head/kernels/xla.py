@@ -68,6 +68,8 @@ def exponentials(
     labels: Int[Array, " C"],
     bias: Float[Array, " V"] | None,
     options: RowOptions,
+    *,
+    store: bool = True,
 ) -> Exponentials:
     """`Exponentials` of a chunk; float32 logits may exist on the way."""
     raw = matmul(x, W, (1, 1), rows.statistics_dtype(x.dtype))
@@ -80,9 +82,11 @@ def exponentials(
     if options.metrics:
         largest = jnp.max(above, axis=1)
         moment = jnp.sum(jnp.where(e > 0, e * (above - largest[:, None]), 0), axis=1)
-    E = jnp.minimum(e, LARGEST_STORED)
-    E = E if slope is None else E * slope
-    return Exponentials(E.astype(x.dtype), jnp.sum(e, axis=1), largest, moment)
+    E = None
+    if store:
+        E = jnp.minimum(e, LARGEST_STORED)
+        E = (E if slope is None else E * slope).astype(x.dtype)
+    return Exponentials(E, jnp.sum(e, axis=1), largest, moment)
 
 
 def _transformed(raw: Array, bias: Array | None, options: RowOptions) -> tuple[Array, Array | None]:
