@@ -40,7 +40,7 @@ class ScoringBenchConfig(BenchConfig):
     """Scoring of a prompt from its hidden states."""
 
     shapes: tuple[str, ...] = ("2048x64x4096:1,8",)
-    """Tokens x width x vocabulary : chunk counts, beside the count that `jaxchunk.inference.score` takes."""
+    """Tokens x width x vocabulary : chunk counts, beside the one that `jaxchunk.inference.score` takes."""
     implementations: tuple[str, ...] = ("xla",)
     """Implementations of our LM head to measure."""
     peers: tuple[str, ...] = ()
@@ -139,9 +139,9 @@ def compile_variants(config: ScoringBenchConfig, shape: Shape, limit_bytes: int 
     for method, logits_dtype in ((FLOAT32_LOGITS, jnp.float32), (BFLOAT16_LOGITS, jnp.bfloat16)):
         if logits_dtype == jnp.float32 or dtype == logits_dtype:
             yield from _compile(shape, method, all_logits(logits_dtype), operands, limit_bytes, cases)
-    default = head_chunks(shape.tokens)
     chosen = choose_implementation(compute_dtype=dtype, head=Head(shape.width, shape.vocab)).implementation
     for implementation in config.implementations:
+        default = head_chunks(shape.tokens, implementation)
         for num_chunks in sorted({default, *shape.chunks}) if implementation != "reference" else (1,):
             method = f"{implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
             is_default = (implementation, num_chunks) == (chosen, default)

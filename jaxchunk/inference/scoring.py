@@ -8,12 +8,14 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxchunk.inference.prefill import LayerCaches, checked_prompts, chunk_states, head_of, unstack_layers
-from jaxchunk.lm_head import split_rows, token_log_probs
+from jaxchunk.lm_head import Head, choose_implementation, makes_logits, split_rows, token_log_probs
 from jaxchunk.models import qwen2
 from jaxchunk.models.qwen2 import Execution, Params, Qwen2Config
 
 HEAD_TOKENS = 512
 """Tokens in a chunk of the LM head: at a vocabulary of 152k, 311 MB of float32 logits."""
+HEAD_TOKENS_WITHOUT_LOGITS = 8192
+"""The same where logits are never in memory: 26 MB of partial sums, one for 192 columns of a row."""
 _IGNORED = -100
 
 
@@ -29,7 +31,7 @@ def score(
 ) -> Float[Array, "B S"]:
     """Log-probability of each token after those before it; 0 for the first token of a row, and where there is none.
 
-    Logits exist for `HEAD_TOKENS` tokens at a time, whatever the length.
+    Logits exist for `HEAD_TOKENS` tokens at a time, whatever the length, or with the fused LM head for none.
 
     Args:
       config: the architecture.
@@ -58,21 +60,23 @@ def score(
     return jnp.take_along_axis(log_probs, prompts.places, axis=1)
 
 
-def head_chunks(num_tokens: int) -> int:
-    """Chunks that the LM head takes so many tokens in."""
-    return -(-num_tokens // HEAD_TOKENS)
+def head_chunks(num_tokens: int, implementation: str) -> int:
+    """Chunks that an implementation of the LM head takes so many tokens in."""
+    return -(-num_tokens // (HEAD_TOKENS if makes_logits(implementation) else HEAD_TOKENS_WITHOUT_LOGITS))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))
 def _log_probs(
     config: Qwen2Config, head: Params, x: Float[Array, "B T D"], labels: Int[Array, "B T"], implementation: str | None
 ) -> Float[Array, "B T"]:
-    hidden = qwen2.rms_norm(x, head["final_norm"], config.rms_norm_eps)
+    hidden, weight = qwen2.rms_norm(x, head["final_norm"], config.rms_norm_eps), head["lm_head"]
+    V, D = weight.shape
+    chosen = choose_implementation(implementation, compute_dtype=hidden.dtype, head=Head(D, V)).implementation
     return token_log_probs(
         hidden,
-        head["lm_head"],
+        weight,
         labels,
-        num_chunks=head_chunks(labels.size),
+        num_chunks=head_chunks(labels.size, chosen),
         implementation=implementation,
         ignore_index=_IGNORED,
     )

@@ -1,7 +1,7 @@
 """The chunked LM-head loss. Imports nothing from the rest of jaxchunk, so that it can be lifted out."""
 
 from jaxchunk.lm_head.api import lm_head_loss, split_rows, token_log_probs
-from jaxchunk.lm_head.dispatch import Choice, Head, Implementation, choose_implementation
+from jaxchunk.lm_head.dispatch import Choice, Head, Implementation, choose_implementation, makes_logits
 from jaxchunk.lm_head.metrics import LMHeadMetrics
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "LMHeadMetrics",
     "choose_implementation",
     "lm_head_loss",
+    "makes_logits",
     "split_rows",
     "token_log_probs",
 ]

@@ -21,6 +21,7 @@ from jaxchunk.lm_head.target import target_device
 Implementation = Literal["reference", "xla", "pallas", "pallas_interpret", "fused", "fused_xla", "fused_interpret"]
 
 FUSED = ("fused", "fused_xla", "fused_interpret")
+_IN_A_KERNEL = ("fused", "fused_interpret")  # those of them whose exponentials are taken where the logits are made
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # devices of compute capability 9.0
 _FLOAT32_ONLY = "its statistics are float32 and the compute dtype is"
 _BFLOAT16_ONLY = "it multiplies bfloat16 and the compute dtype is"
@@ -116,7 +117,12 @@ def row_kernels(implementation: Implementation) -> RowKernels:
 
 def rows_multiple(implementation: Implementation) -> int:
     """What the number of rows in a chunk must be a multiple of."""
-    return 8 if implementation in ("fused", "fused_interpret") else 1
+    return 8 if implementation in _IN_A_KERNEL else 1
+
+
+def makes_logits(implementation: str) -> bool:
+    """Whether a chunk's logits are ever in memory where no gradients are asked for."""
+    return implementation not in _IN_A_KERNEL
 
 
 def exponentials(implementation: Implementation) -> Callable[..., Exponentials]:

@@ -64,7 +64,7 @@ def test_variants_score_the_same_and_have_their_errors():
     ours = ["xla, 1 chunk", "xla, 2 chunks", "xla, 5 chunks"]
     assert list(found) == ["GEMM floor", "float32 logits", *ours]
     assert [s.is_default for s in found.values()] == [False, False, False, True, False]  # 512 tokens at a time
-    assert inference_scoring.head_chunks(640) == 2
+    assert inference_scoring.head_chunks(640, "xla") == 2
     assert found["GEMM floor"].errors is None and found["GEMM floor"].variant.call().shape == (640, 97)
     log_probs = [np.asarray(found[method].variant.call()) for method in ("float32 logits", *ours)]
     for other in log_probs[1:]:
@@ -72,6 +72,14 @@ def test_variants_score_the_same_and_have_their_errors():
     assert all(max(found[method].errors.values()) < 1e-5 for method in ("float32 logits", *ours))
     logits_bytes = 4 * 640 * 97
     assert found["float32 logits"].temporary_bytes >= logits_bytes > found["xla, 5 chunks"].temporary_bytes
+
+
+def test_each_implementation_is_measured_at_the_count_that_score_takes_with_it():
+    config = dataclasses.replace(CONFIG, implementations=("xla", "fused_xla"))
+    found = [s.variant.factors["method"] for s in scoring.compile_variants(config, SHAPE, limit_bytes=None)]
+    assert found[2:] == [f"{name}, {n}" for name in ("xla", "fused_xla") for n in ("1 chunk", "2 chunks", "5 chunks")]
+    counts = {name: inference_scoring.head_chunks(32768, name) for name in ("xla", "pallas", "fused_xla", "fused")}
+    assert counts == {"xla": 64, "pallas": 64, "fused_xla": 64, "fused": 4}  # `fused_xla` makes logits
 
 
 def test_errors_are_of_the_rows_that_are_compared():
