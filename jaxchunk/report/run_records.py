@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +11,7 @@ import numpy as np
 from jaxchunk.errors import InputError
 from jaxchunk.plotting.style import read_telemetry
 from jaxchunk.run_dir import read_json_lines
-from jaxchunk.training.records import StepRecord, Stretch, summarize, totals
+from jaxchunk.training.records import StepRecord, Stretch, mean_of, summarize, totals
 
 _Record = TypeVar("_Record", StepRecord, Stretch)
 _NEEDED = ("step", "time_s", "loss", "step_time_s", "tokens_per_s")  # in every line of steps.jsonl
@@ -156,12 +155,7 @@ def _summary_so_far(steps: Sequence[StepRecord], stretches: Sequence[Stretch], t
     return summary | {
         "energy_null_reason": reason or "the run ended before its first validation or checkpoint, where it is totalled",
         "training_time_s": sum(record.step_time_s for record in steps),
-        "power_w_mean": _mean(record.power_w for record in steps),
-        "sm_clock_mhz_mean": _mean(record.sm_clock_mhz for record in steps),
+        "power_w_mean": mean_of(record.power_w for record in steps),
+        "sm_clock_mhz_mean": mean_of(record.sm_clock_mhz for record in steps),
         "throttle_s": totals(record.throttle for record in steps),
     }
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None

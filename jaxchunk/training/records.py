@@ -184,6 +184,8 @@ def stretch_record(
 def summarize(records: list[StepRecord], stretches: list[Stretch], tokens: int) -> dict[str, Any]:
     """Medians over the steps after the first few, and totals over the stretches of uninterrupted training.
 
+    Of several GPUs, whose samples are not taken at the same times, the mean power is that of the steps.
+
     Args:
       records: all steps, those before a resumption too.
       stretches: which together cover all steps.
@@ -205,7 +207,7 @@ def summarize(records: list[StepRecord], stretches: list[Stretch], tokens: int) 
         "mfu_median": _median(record.mfu for record in steady),
         "training_time_s": training_s,
         **_energy_totals(stretches, tokens * len(records)),
-        "power_w_mean": None if power_w is None else power_w.mean,
+        "power_w_mean": mean_of(record.power_w for record in steady) if power_w is None else power_w.mean,
         "power_w_std": None if power_w is None else power_w.std,
         "sm_clock_mhz_mean": None if sm_clock_mhz is None else sm_clock_mhz.mean,
         "sm_clock_mhz_std": None if sm_clock_mhz is None else sm_clock_mhz.std,
@@ -215,6 +217,12 @@ def summarize(records: list[StepRecord], stretches: list[Stretch], tokens: int) 
         "energy_sources_disagree": _disagreement(stretches),
         "rails_j": totals(stretch.rails_j for stretch in stretches),
     }
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are known."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _energy_totals(stretches: list[Stretch], tokens: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The page and the table from the records of tiny runs: finished with energy, without, killed."""
 
+import dataclasses
 import html
 import json
 import re
@@ -155,6 +156,16 @@ def test_the_page_is_whole_and_says_what_the_records_say(tmp_path):
     assert page.row("peak memory, GB") == ["5.0", "5.0", "unknownit is written down at the end"]
     assert page.row("validation loss") == ["2.7183", "2.7183", "unknownthere was no validation"]
     assert [cell.split("there")[0] for cell in page.row("status")] == ["completed", "completed", "no finished run"]
+
+
+def test_several_gpus_have_the_mean_power_of_their_steps():
+    """Samples of each are taken at times of its own: their stretch has no power, each step has the sum."""
+    steps = records(4, energy=True)
+    without = dataclasses.replace(stretch(steps, energy=True), power_w=None)
+    assert summarize(steps, [without], TOKENS) == summarize(steps, [stretch(steps, energy=True)], TOKENS) | {
+        "power_w_mean": 700.0,
+        "power_w_std": None,
+    }
 
 
 def test_runs_that_got_nowhere_are_shown(tmp_path):
