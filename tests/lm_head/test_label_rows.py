@@ -44,6 +44,14 @@ def test_a_run_may_end_anywhere(how):
     check(how, sum(lengths), 8, 12, 12, labels=jnp.repeat(jnp.arange(12), jnp.array(lengths)))
 
 
+@EVERYWHERE
+def test_with_numbers_of_64_bits(how):
+    with jax.enable_x64():
+        found = HOW[how](jnp.ones((3, 5)), jnp.arange(200) % 4 - 1, jnp.ones(200), jnp.ones((200, 5), jnp.bfloat16))
+        assert found.dtype == jnp.float64
+        np.testing.assert_array_equal(found, 51)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
 def test_a_gpu_adds_a_batch_of_text_the_same_way_every_time(share):

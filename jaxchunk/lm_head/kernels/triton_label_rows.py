@@ -33,7 +33,8 @@ def add_label_rows(
     """`total[y_t] += factors_t x_t` for all t whose label is not -1; in the dtype of `total`."""
     (V, D), T = total.shape, labels.size
     num_segments = pl.cdiv(T, _SEGMENT)
-    labels = jnp.pad(jnp.where(labels < 0, V, labels), (0, num_segments * _SEGMENT - T), constant_values=V)
+    labels = jnp.where(labels < 0, V, labels).astype(jnp.int32)
+    labels = jnp.pad(labels, (0, num_segments * _SEGMENT - T), constant_values=V)
     y, order = lax.sort((labels, lax.iota(jnp.int32, labels.size)), num_keys=1)
     total, y, order, factors, x = varying_alike(total, y, order, factors, x)
     out = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(total).manual_axis_type)
@@ -68,11 +69,11 @@ def _sum_segment(  # type: ignore[no-untyped-def]
     """What this program's segment has of the run that begins at its row, or that goes on from the segment before."""
     del total_ref  # `out_ref` is the same memory
     t = pl.program_id(0)
-    label, segment = y_ref[t], lax.div(t, _SEGMENT)
+    label, segment = y_ref[t], lax.div(t, jnp.int32(_SEGMENT))
     goes_on = _goes_on(y_ref, t)
     own, mask = _columns(x_ref.shape[1], columns)
 
-    @pl.when((label < V) & (~goes_on | (lax.rem(t, _SEGMENT) == 0)))
+    @pl.when((label < V) & (~goes_on | (lax.rem(t, jnp.int32(_SEGMENT)) == 0)))
     def _() -> None:
         end = (segment + 1) * _SEGMENT
 
