@@ -52,6 +52,16 @@ def test_with_numbers_of_64_bits(how):
         np.testing.assert_array_equal(found, 51)
 
 
+@EVERYWHERE
+def test_a_total_in_bfloat16_is_rounded_twice_at_most(how):
+    """By the first segment of a run, and by all others of it."""
+    T = 640
+    x = jax.random.uniform(jax.random.key(0), (T, 5), jnp.bfloat16)
+    found = HOW[how](jnp.zeros((2, 5), jnp.bfloat16), jnp.zeros(T, jnp.int32), jnp.full(T, 1.01), x)
+    expected = np.sum(1.01 * np.asarray(x, np.float64), axis=0)
+    np.testing.assert_allclose(found[0].astype(jnp.float32), expected, rtol=2.0**-8)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
 def test_a_gpu_adds_a_batch_of_text_the_same_way_every_time(share):

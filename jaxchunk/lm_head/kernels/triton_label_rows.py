@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
+from jaxchunk.lm_head.rows import statistics_dtype
 from jaxchunk.lm_head.varying import varying_alike
 
 _SEGMENT = 64  # about the root of how often the most frequent word is in 64k: both loops are short
@@ -30,7 +31,7 @@ def add_label_rows(
     *,
     interpret: bool = False,
 ) -> Float[Array, "V D"]:
-    """`total[y_t] += factors_t x_t` for all t whose label is not -1; in the dtype of `total`."""
+    """`total[y_t] += factors_t x_t` for all t whose label is not -1; sums of a label are float32 at least."""
     (V, D), T = total.shape, labels.size
     num_segments = pl.cdiv(T, _SEGMENT)
     labels = jnp.where(labels < 0, V, labels).astype(jnp.int32)
@@ -48,7 +49,7 @@ def add_label_rows(
     total, aside = pl.pallas_call(
         sums,
         grid=(labels.size, column_blocks),
-        out_shape=[out((V, D), total.dtype), out((num_segments, D), total.dtype)],
+        out_shape=[out((V, D), total.dtype), out((num_segments, D), statistics_dtype(total.dtype))],
         input_output_aliases={4: 0},
         name="jaxchunk_label_rows",
         **options,
@@ -86,7 +87,7 @@ def _sum_segment(  # type: ignore[no-untyped-def]
             values = plgpu.load(x_ref.at[row, own], mask=mask, other=0).astype(total.dtype)
             return i + 1, total + factors_ref[row].astype(total.dtype) * values
 
-        found = lax.while_loop(is_mine, add_row, (t, jnp.zeros(columns, out_ref.dtype)))[1]
+        found = lax.while_loop(is_mine, add_row, (t, jnp.zeros(columns, aside_ref.dtype)))[1]
 
         @pl.when(goes_on)
         def _() -> None:
@@ -113,7 +114,7 @@ def _add_aside(y_ref, aside_ref, total_ref, out_ref, *, V: int, columns: int) ->
         i, total = state
         return i + 1, total + plgpu.load(aside_ref.at[i, own], mask=mask, other=0)
 
-    start = segment + 1, jnp.zeros(columns, out_ref.dtype)
+    start = segment + 1, jnp.zeros(columns, aside_ref.dtype)
 
     @pl.when((label < V) & ~begins_before & is_mine(start))
     def _() -> None:
@@ -133,4 +134,5 @@ def _columns(D: int, columns: int) -> tuple[Any, Array]:
 
 def _add(total_ref: Any, row: Array, columns: Any, values: Array, mask: Array) -> None:
     there = total_ref.at[row, columns]
-    plgpu.store(there, plgpu.load(there, mask=mask, other=0) + values, mask=mask)
+    total = plgpu.load(there, mask=mask, other=0).astype(values.dtype) + values
+    plgpu.store(there, total.astype(total_ref.dtype), mask=mask)
