@@ -4,16 +4,13 @@ Letters: S positions, B sequences, N heads, H head width.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Float64, Int
-
-if TYPE_CHECKING:
-    from jaxchunk.models.qwen2 import Qwen2Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +32,30 @@ class Llama3Rope:
             raise ValueError(f"{self}: it needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
 
 
-def rotation(config: "Qwen2Config", positions: Int[Array, "*batch S"]) -> tuple[Array, Array]:
+class RotaryConfig(Protocol):
+    """What of an architecture positions depend on."""
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the frequencies."""
+
+    @property
+    def rope_scaling(self) -> Llama3Rope | None:
+        """How they are stretched, if they are."""
+
+
+def rotation(config: RotaryConfig, positions: Int[Array, "*batch S"]) -> tuple[Array, Array]:
     """Cosines and sines of the rotary angles, each float32 [*batch, S, 1, H/2]."""
     radians = frequencies(config).astype(np.float32)
     angles = positions.astype(jnp.float32)[..., None, None] * radians.reshape((1,) * (positions.ndim + 1) + (-1,))
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def frequencies(config: "Qwen2Config") -> Float64[np.ndarray, " H/2"]:
+def frequencies(config: RotaryConfig) -> Float64[np.ndarray, " H/2"]:
     """Radians a position by which each pair turns."""
     half = config.head_dim // 2
     plain = config.rope_theta ** (-np.arange(half) / half)
