@@ -41,7 +41,8 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         **_chunks(plan),
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "elementwise": f"{plan.execution.elementwise} ({plan.elementwise_reason})",
-        "layers": ("scanned" if config.scan_layers else "unrolled")
+        "layers": ("scanned" if plan.execution.scan_layers else "unrolled")
+        + (" (XLA makes one cuDNN call of a program deterministic)" if _is_looped_for_bits(plan) else "")
         + f", remat {config.remat}"
         + (f", MLP in {config.mlp_chunks} chunks" if config.mlp_chunks > 1 else ""),
         "memory": programs.memory_plan.describe(),
@@ -52,6 +53,10 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+
+
+def _is_looped_for_bits(plan: Plan) -> bool:
+    return plan.execution.scan_layers and not plan.config.scan_layers
 
 
 def _trained(config: TrainConfig, model: qwen2.Qwen2Config) -> dict[str, str]:

@@ -143,9 +143,9 @@ class TrainConfig:
     max_bad_steps: int = 3
     """Steps in a row whose loss or gradient is NaN or infinite before the run stops. They change no parameter."""
     deterministic: bool = False
-    """Ask XLA on a GPU for operations that give the same bits every time (and to choose none by timing it); slower. A
-    resumed run is then meant to equal an uninterrupted one to the bit, which has not been tried on a GPU yet. On a CPU
-    that is so anyway: it changes nothing there."""
+    """Ask XLA on a GPU for operations that give the same bits every time (and to choose none by timing it); slower,
+    the more so as cuDNN's attention then needs --scan_layers, which is set. A resumed run equals an uninterrupted one
+    to the bit. On a CPU that is so anyway: it changes nothing there."""
     record_telemetry: bool = False
     """Keep every reading of the telemetry in telemetry-readings.jsonl, for `telemetry.Monitor.replay`."""
     profile_steps: str | None = None

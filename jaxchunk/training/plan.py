@@ -20,7 +20,7 @@ from jaxchunk.training.checkpoint import architecture
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.mesh import Devices, check_model_fits
 from jaxchunk.training.model import Model, choose_model, choose_tokenizer
-from jaxchunk.training.programs import Programs, compile_programs
+from jaxchunk.training.programs import Programs, compile_programs, must_loop
 from jaxchunk.training.samples import Sampler, make_sampler
 from jaxchunk.tuning import ChunkChoice
 from jaxchunk.tuning.policy import first_count
@@ -91,6 +91,7 @@ class Plan:
             "attention_reason": self.attention_reason,
             "elementwise": self.execution.elementwise,
             "elementwise_reason": self.elementwise_reason,
+            "scan_layers": self.execution.scan_layers,
             "mesh": self.devices.shards._asdict(),
             "micro_batch_size": self.programs.memory_plan.micro_batch_size,
             "compiled_memory_bytes": self.programs.memory_plan.memory.total_bytes,
@@ -163,7 +164,7 @@ def prepare(config: TrainConfig, devices: Devices, about: dict[str, Any] | None 
         attention,
         elementwise=elementwise,
         remat=config.remat,
-        scan_layers=config.scan_layers,
+        scan_layers=config.scan_layers or must_loop(config, attention),
         sharded=sharded,
         mlp_chunks=config.mlp_chunks,
     )

@@ -138,6 +138,16 @@ def compiler_options(config: TrainConfig, platform: str) -> dict[str, str | bool
     return {"xla_gpu_deterministic_ops": True} if config.deterministic and platform == "gpu" else None
 
 
+def must_loop(config: TrainConfig, attention: qwen2.AttentionImplementation) -> bool:
+    """Whether the blocks have to be a loop over one compiled block, whatever `config.scan_layers` says.
+
+    Of several alike calls of cuDNN's attention in a program XLA marks only the first as deterministic, and at the first
+    run does not find what it compiled for the others ("IndexError: absl::container_internal::raw_hash_map<>::at"; JAX
+    0.11.2, by the calls in the compiled text). A loop has one call a direction.
+    """
+    return config.deterministic and attention == "cudnn"
+
+
 def _batch(batch_size: int, config: TrainConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     sharding = None if mesh is None else NamedSharding(mesh, batch_spec(mesh))
     ids = jax.ShapeDtypeStruct((batch_size, config.seq_len), jnp.int32, sharding=sharding)

@@ -16,13 +16,14 @@ import pytest
 
 from jaxchunk import data
 from jaxchunk.errors import InputError, RunFailedError
+from jaxchunk.models import qwen2
 from jaxchunk.run_dir import RunDirectory, read_json_lines
 from jaxchunk.telemetry import Monitor, SimulatedDevice
 from jaxchunk.telemetry.simulation.simulated import Constant
-from jaxchunk.training import checkpoint, loop, resume
+from jaxchunk.training import checkpoint, loop, plan, resume
 from jaxchunk.training.checkpoint import Checkpoints, load_params, saved_steps
 from jaxchunk.training.mesh import Shards
-from jaxchunk.training.programs import compiler_options
+from jaxchunk.training.programs import compile_programs, compiler_options, must_loop
 
 # Where Orbax meets an error, coroutines stay that it never awaits: they are not ours to close.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -405,6 +406,30 @@ def test_deterministic_operations_are_asked_of_a_gpu_only(config):
     assert options == {"xla_gpu_deterministic_ops": True}
     jax.jit(lambda x: x + 1).lower(1.0).compile(options)
     assert compiler_options(deterministic, "cpu") is None and compiler_options(config, "gpu") is None
+
+
+def test_deterministic_attention_of_cudnn_has_one_call_in_a_loop(config):
+    """XLA marks but one of several alike."""
+    deterministic = dataclasses.replace(config, deterministic=True)
+    assert must_loop(deterministic, "cudnn")
+    assert not must_loop(deterministic, "xla") and not must_loop(config, "cudnn")
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_goes_on_to_the_bit(config, monkeypatch, tmp_path):
+    """Several blocks, cuDNN's attention, programs compiled anew."""
+    monkeypatch.setitem(qwen2.SIZES, "tiny", qwen2.Qwen2Config(512, 128, 3, 4, 2, 256, tie_word_embeddings=True))
+    monkeypatch.setattr(plan, "compile_programs", compile_programs)
+    config = dataclasses.replace(
+        config, data="synthetic", seq_len=128, compute_dtype="bfloat16", attention="cudnn", deterministic=True,
+        compilation_cache=False,
+    )  # fmt: skip
+    whole = dataclasses.replace(config, out_dir=str(tmp_path / "whole"))
+    loop.train(whole)
+    stop_after(monkeypatch, 5)
+    assert loop.train(config)["status"] == "stopped"
+    assert loop.train(resumed(config))["status"] == "completed"
+    assert learned(config) == learned(whole)
 
 
 def test_checkpoints_can_be_read_while_the_run_goes_on(config, monkeypatch):
