@@ -32,8 +32,10 @@ class StepSeen(NamedTuple):
 class Controller:
     """Says what the next steps run with.
 
-    Steps in a row with one count are a window; the first after a switch is left out, since it began under the other
-    one. Energy is that of the window's stretches without a pause between steps, not of single steps.
+    Steps in a row with one count are a window. Left out are the first after a switch, since it began under the other
+    count, and the first after a pause, which starts on a device that has rested: on an H200 it took 60% longer after a
+    checkpoint. (Not two in a row, so that where all steps pause some are seen.) Energy is that of the window's
+    stretches without a pause between steps, not of single steps.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Controller:
         self._joules: float | None = 0.0  # of stretches of the window that have ended
         self._stretch_s: tuple[float, float] | None = None
         self._after_switch = False
+        self._end_s: float | None = None  # of the last step of the current count
+        self._left_out = False  # that step
 
     @property
     def num_chunks(self) -> int:
@@ -68,11 +72,13 @@ class Controller:
         """Takes in a step that is done, in order."""
         if seen.num_chunks != self._state.current:
             return
-        if self._after_switch:
-            self._after_switch = False
-            return
-        if self._stretch_s is not None and seen.start_s > self._stretch_s[1] + _PAUSE_S:
+        paused = self._end_s is not None and seen.start_s > self._end_s + _PAUSE_S
+        if paused:
             self.end_stretch()
+        self._left_out = self._after_switch or (paused and not self._left_out)
+        self._after_switch, self._end_s = False, seen.end_s
+        if self._left_out:
+            return
         self._stretch_s = seen.start_s if self._stretch_s is None else self._stretch_s[0], seen.end_s
         self._steps.append(seen)
         if sum(step.end_s - step.start_s for step in self._steps) >= self._rules.window_s:

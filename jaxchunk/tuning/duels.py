@@ -7,11 +7,55 @@ from typing import NamedTuple
 from jaxchunk.tuning.intervals import MeanInterval, anytime_interval
 
 
+class Visit(NamedTuple):
+    """What was seen of a count in a row: log costs of windows, the first of which was over at `start_s`."""
+
+    num_chunks: int
+    start_s: float
+    costs: tuple[float, ...]
+
+
 class Gap(NamedTuple):
     """Log cost of a count over the champion's, and half the width of its interval (at most 1, which says nothing)."""
 
     mean: float
     half: float
+
+
+class Duel(NamedTuple):
+    """Gap of a challenger's visit to the champion's before, to its next after, and to what lies between these in time.
+
+    The last has no drift in it that is linear in time; it is a weighted mean of the other two.
+    """
+
+    before: MeanInterval
+    after: MeanInterval
+    between: MeanInterval
+    drift: float  # of the champion, from the one visit to the other
+
+
+def last_of(num_chunks: int, visits: Sequence[Visit]) -> Visit:
+    """The last visit to a count, which there has to be."""
+    return next(visit for visit in reversed(visits) if visit.num_chunks == num_chunks)
+
+
+def since_champion(visits: Sequence[Visit], after: Visit, error: float) -> dict[int, Duel]:
+    """The duels of a trip by challenger: `visits`, and `after` them the champion once more.
+
+    Interpolated place by place, so that the noise of all three visits is in the interval.
+    """
+    before = last_of(after.num_chunks, visits)
+    found = {}
+    for visit in visits[visits.index(before) + 1 :]:
+        share = (visit.start_s - before.start_s) / (after.start_s - before.start_s)
+        pairs = list(zip(before.costs, after.costs, strict=False))
+        found[visit.num_chunks] = Duel(
+            interval_of(visit.costs, before.costs, error),
+            interval_of(visit.costs, after.costs, error),
+            interval_of(visit.costs, [(1 - share) * a + share * b for a, b in pairs], error),
+            sum(b - a for a, b in pairs) / max(1, len(pairs)),
+        )
+    return found
 
 
 def interval_of(costs: Sequence[float], opponent: Sequence[float], error: float) -> MeanInterval:
@@ -51,3 +95,13 @@ def percent(gap: MeanInterval) -> str:
         return f"{100 * math.expm1(gap.mean):+.2f}%"
     mean, low, high = (100 * math.expm1(min(value, 20.0)) for value in gap)
     return f"{mean:+.2f}% ({low:+.2f} to {high:+.2f})"
+
+
+def in_words(champion: int, duels: dict[int, Duel]) -> str:
+    """What a trip says: gaps with the drift in them, and without."""
+    gaps = (
+        f"{n} chunks cost {percent(duel.before)} as measured and {percent(duel.between)} without that"
+        for n, duel in duels.items()
+    )
+    drift = max(duel.drift for duel in duels.values())  # the same for all
+    return f"{champion} chunks cost {100 * math.expm1(drift):+.2f}% against their visit before; {', '.join(gaps)}"

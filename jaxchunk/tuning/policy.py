@@ -3,11 +3,11 @@
 A pure function: no clock, no device, no randomness. An observation is a *window*, some steps in a row with one count.
 
 An *epoch* is a round trip. A champion is watched for some windows at thermal equilibrium; then every challenger is
-visited in turn, settles, and its windows are compared with the champion's, place by place, until the interval of the
-differences says whether it is better by more than a switch is worth (`intervals`, valid at every look). The best that
-is becomes the contender, and is adopted only if it also beats a second visit to the champion at the end of the trip.
-For windows of one visit say how well *that visit* is known: two visits to one count differ too, where the level moves
-or a controller cycles in another way, and a difference that is not between the counts does not survive the return.
+visited in turn, settles, and is watched likewise; then the champion is visited again. Only then is judged (`duels`): a
+challenger that is better than both visits of the champion, by more than a switch is worth, is adopted. Windows of one
+visit say how well *that visit* is known: two visits to one count differ too, where the level drifts or jumps or a
+controller cycles in another way. What the two of the champion say of drift is taken out by interpolation; a challenger
+that is better only then gets a second look, beside the champion once more, and has to be better there again.
 
 Between epochs the policy is *committed*: it stays, and watches cost, temperature and clock for a change of level
 (`drift`). After one it settles again, and only where there is a new level that stays, and the last epoch is long enough
@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxchunk.tuning import drift, duels
 from jaxchunk.tuning.drift import Baseline, Cusum
-from jaxchunk.tuning.duels import Gap
+from jaxchunk.tuning.duels import Duel, Gap, Visit
 from jaxchunk.tuning.intervals import MeanInterval
 from jaxchunk.tuning.observation import SIGNALS, Observation, change_in_words, finite_log
 
@@ -42,10 +42,10 @@ class Rules:
       settle_constants: after a switch nothing is compared for so many thermal constants.
       least_windows: in a duel before it is decided.
       most_windows: of the champion and in a duel.
-      error: probability that an interval of an epoch's way out misses; the way back adds as much.
+      error: probability that the drift-free intervals of an epoch miss; a second look adds as much.
       worthwhile: a relative gain below this is not worth a switch.
-      hopeless: a challenger is left once its visit has lost as much time as if it cost this much more all along; a
-        champion visited again, once it is shown to cost this much more than the contender.
+      hopeless: a challenger is left once its visit has lost as much time as if it cost this much more all along, or
+        once it is shown to cost this much more; a champion visited again, once it is by so much dearer than another.
       hold_constants: least time between two epochs, in thermal constants; doubled by every epoch that changes nothing.
       exploration_share: largest share of the time that epochs after the first may cost in the long run.
     """
@@ -90,14 +90,13 @@ class State:
       phase: of the visit to `current`.
       phase_s: seconds in it.
       settled_c: the temperature a thermal constant ago, to see whether it still moves.
-      windows: signals of the visit's windows.
+      windows: signals of the visit's windows, and when on `clock_s` each was over; while committed the latest known.
       seen: windows of the visit, unknown ones too.
-      champion_costs: logarithms, of the champion's windows at the beginning of this epoch.
-      contender: the best challenger of this epoch that is better than the champion then was.
-      contender_costs: of its windows.
+      clock_s: seconds that all windows together took, of other counts too.
+      visits: those of this epoch that are over, in order; the first is of the champion.
+      second_look: whether the challenger that is visited, or was just now, had its turn before in this epoch.
       queue: challengers that are still to be visited in this epoch.
-      gaps: by count, as last measured.
-      expected_gap: of the first challenger of an epoch that is not the first, from the one before.
+      gaps: by count, at the end of the last epoch that measured them, drift taken out.
       epoch: its number; 0 is the first.
       exploring: whether it is going on.
       fruitless: epochs after the first that changed nothing, less those that did.
@@ -118,12 +117,11 @@ class State:
     settled_c: float | None = None
     windows: tuple[dict[str, float], ...] = ()
     seen: int = 0
-    champion_costs: tuple[float, ...] = ()
-    contender: int | None = None
-    contender_costs: tuple[float, ...] = ()
+    clock_s: float = 0.0
+    visits: tuple[Visit, ...] = ()
+    second_look: bool = False
     queue: tuple[int, ...] = ()
     gaps: tuple[tuple[int, Gap], ...] = ()
-    expected_gap: Gap | None = None
     epoch: int = 0
     exploring: bool = True
     fruitless: int = 0
@@ -157,7 +155,8 @@ def step(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision
       state: from the last call, or `initial_state`.
       seen: a window. One of another count than `state.current` (its steps were on their way) only takes time.
     """
-    state = dataclasses.replace(state, hold_s=max(0.0, state.hold_s - seen.seconds))
+    clock_s = state.clock_s + seen.seconds
+    state = dataclasses.replace(state, clock_s=clock_s, hold_s=max(0.0, state.hold_s - seen.seconds))
     if seen.num_chunks != state.current:
         return state, Decision(state.current)
     state = dataclasses.replace(state, phase_s=state.phase_s + seen.seconds)
@@ -165,20 +164,25 @@ def step(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision
         lost_s = seen.seconds * _share_lost(state, seen)
         state = dataclasses.replace(state, lost_s=state.lost_s + lost_s, excess_s=state.excess_s + max(0.0, lost_s))
     if state.phase == "committed":
-        return _watch(state, seen)
-    state = dataclasses.replace(state, windows=(*state.windows, seen.signals()), seen=state.seen + 1)
+        return _watch(rules, state, seen)
+    state = dataclasses.replace(state, windows=(*state.windows, _signals(state, seen)), seen=state.seen + 1)
     if state.lost_s > rules.loss_s:
-        return _judge(rules, state, _gap(rules, state))
+        return _leave(rules, state)
     if state.phase == "settle":
         return _settle(rules, state, seen)
-    if _in_duel(state):
-        return _duel(rules, state)
-    wanted = rules.most_windows * (2 if state.drifted else 1)  # twice, so that a level shows that it stays
-    if len(_costs(state)) < wanted and state.seen < 3 * wanted:
+    known, wanted = len(_visit_to_date(state).costs), rules.most_windows
+    if state.current != state.champion and known >= rules.least_windows:
+        wanted = known if _as_measured(rules, state).low > math.log1p(rules.hopeless) else wanted
+    wanted *= 2 if state.drifted else 1  # so that a level shows that it stays
+    if known < wanted and state.seen < 3 * wanted:
         return state, Decision(state.current)
-    if state.exploring:
-        return _next_challenger(rules, dataclasses.replace(state, champion_costs=_costs(state)))
-    return _take_level(rules, state)
+    if not state.exploring:
+        return _take_level(rules, state)
+    if state.current != state.champion:
+        return _leave(rules, state)
+    if _returned(state):
+        return _end_trip(rules, state)
+    return _next_challenger(rules, dataclasses.replace(state, visits=(_visit_to_date(state),)))
 
 
 def resumed(state: State) -> State:
@@ -194,17 +198,16 @@ def state_from_json(record: dict[str, Any]) -> State:
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
     }
     tuples |= {name: tuple((key, kind(*values)) for key, values in record[name]) for name, kind in pairs.items()}
-    expected = record["expected_gap"]
-    tuples |= {"expected_gap": None if expected is None else Gap(*expected)}
+    tuples |= {"visits": tuple(Visit(n, start_s, tuple(costs)) for n, start_s, costs in record["visits"])}
     return State(**tuples)
 
 
 def _settle(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
     """Waits for thermal equilibrium: some constants, and then until the temperature stands still (within reason)."""
-    if _in_duel(state) and state.current == state.champion and state.seen >= rules.least_windows:
-        gap = _gap(rules, state)
-        if _largest(state, gap) < -math.log1p(rules.hopeless):
-            return _judge(rules, state, gap)
+    if _returned(state) and state.seen >= rules.least_windows:
+        _, low_enough = _best(rules, state, _duels(rules, state), rules.hopeless)
+        if low_enough:
+            return _end_trip(rules, state)
     constant_s, least = rules.thermal_constant_s, rules.settle_constants
     constants, before = state.phase_s / constant_s, (state.phase_s - seen.seconds) / constant_s
     if math.floor(constants) > math.floor(before):
@@ -219,102 +222,84 @@ def _settle(rules: Rules, state: State, seen: Observation) -> tuple[State, Decis
     return state, Decision(state.current)
 
 
-def _in_duel(state: State) -> bool:
-    """Whether the visit is compared with another: of a challenger, or the second one of a champion with a contender."""
-    return state.exploring and (state.current != state.champion or state.contender is not None)
+def _returned(state: State) -> bool:
+    """Whether the visit is the champion's at the end of a trip."""
+    return state.exploring and state.current == state.champion and len(state.visits) > 1
 
 
-def _gap(rules: Rules, state: State) -> MeanInterval:
-    """Of the challenger to the champion, one of which is being visited."""
-    error, seen = rules.error / max(1, len(rules.candidates) - 1), _costs(state)
-    if state.current == state.champion:
-        return duels.interval_of(state.contender_costs, seen, error)
-    return duels.interval_of(seen, state.champion_costs, error)
-
-
-def _largest(state: State, gap: MeanInterval) -> float:
-    """The largest gap that is left open; the contender's also has to be likely beside the one that it had before."""
-    if state.current != state.champion or state.contender is None:
-        return gap.high
-    return duels.largest(dict(state.gaps)[state.contender], gap)
-
-
-def _duel(rules: Rules, state: State) -> tuple[State, Decision]:
-    """Compares the challenger with the champion, window by window, until it is shown to be useless or all are seen.
-
-    One that is better is watched to the end, to have as many windows for the return; there it is taken at once.
-    """
-    returned, worthwhile = state.current == state.champion, math.log1p(rules.worthwhile)
-    gap = _gap(rules, state)
-    paired = min(len(_costs(state)), len(state.contender_costs if returned else state.champion_costs))
-    over = paired >= rules.most_windows or state.seen >= 3 * rules.most_windows
-    clear = gap.low > -worthwhile or (returned and _largest(state, gap) < -worthwhile)
-    if not over and (paired < rules.least_windows or not clear):
-        return state, Decision(state.current)
-    return _judge(rules, state, gap)
-
-
-def _judge(rules: Rules, state: State, gap: MeanInterval) -> tuple[State, Decision]:
-    """A duel is over."""
-    better = _largest(state, gap) < -math.log1p(rules.worthwhile)
-    if state.current == state.champion and state.contender is not None:
-        return _end_trip(rules, state, state.contender, gap, better)
-    challenger, found = state.current, duels.gap_of(gap)
-    reason = f"{challenger} chunks cost {duels.percent(gap)} against {state.champion}"
-    if better:
-        reason += ": better"
-        if state.contender is None or found.mean < dict(state.gaps)[state.contender].mean:
-            state = dataclasses.replace(state, contender=challenger, contender_costs=_costs(state))
-    else:
-        undecided = " (not told apart)" if gap.low <= -math.log1p(rules.worthwhile) else ""
-        dear = f", and have lost {state.lost_s:.1f} s" if state.lost_s > rules.loss_s else ""
-        reason += f"{undecided}{dear}: no reason to switch"
-    state = dataclasses.replace(state, gaps=_sorted(dict(state.gaps) | {challenger: found}))
-    if state.expected_gap is not None:  # the first duel of a later epoch: is it worth going on?
-        alike = duels.alike(found, state.expected_gap, math.log1p(rules.worthwhile))
-        reason += f"; it was {100 * math.expm1(state.expected_gap.mean):+.2f}% before: "
+def _leave(rules: Rules, state: State) -> tuple[State, Decision]:
+    """The visit to a challenger is over. What it says is of the way out, with drift in it."""
+    gap = _as_measured(rules, state)
+    reason = f"{state.current} chunks cost {duels.percent(gap)} against {state.champion}"
+    if state.lost_s > rules.loss_s:
+        reason += f", and have lost {state.lost_s:.1f} s"
+    if state.epoch and len(state.visits) == 1:  # the first duel of a later epoch: is it worth going on?
+        expected = dict(state.gaps)[state.current]
+        alike = duels.alike(duels.gap_of(gap), expected, math.log1p(rules.worthwhile))
+        reason += f"; it was {100 * math.expm1(expected.mean):+.2f}% before: "
         reason += "everything has moved alike" if alike else "all are visited again"
-        state = dataclasses.replace(state, expected_gap=None, queue=() if alike else state.queue)
-    return _next_challenger(rules, state, reason)
-
-
-def _end_trip(rules: Rules, state: State, contender: int, gap: MeanInterval, better: bool) -> tuple[State, Decision]:
-    """Back at the champion: the contender has to be better than both of its visits."""
-    reason = f"{contender} chunks cost {duels.percent(gap)} against {state.champion} on the way back"
-    gaps, found = dict(state.gaps), duels.gap_of(gap)
-    if not better:
-        state = dataclasses.replace(state, gaps=_sorted(gaps | {contender: found}))
-        return _commit(rules, state, f"{reason}: no reason to switch")
-    gaps = duels.rebased(gaps, state.champion, contender, found)
-    state = dataclasses.replace(state, champion=contender, champion_costs=state.contender_costs, gaps=_sorted(gaps))
-    return _commit(rules, state, f"{reason} too: adopted")
-
-
-def _sorted(gaps: dict[int, Gap]) -> tuple[tuple[int, Gap], ...]:
-    return tuple(sorted(gaps.items()))
+        state = dataclasses.replace(state, queue=() if alike else state.queue)
+    return _next_challenger(rules, dataclasses.replace(state, visits=(*state.visits, _visit_to_date(state))), reason)
 
 
 def _next_challenger(rules: Rules, state: State, reason: str | None = None) -> tuple[State, Decision]:
-    """Visits the next of the queue; at its end goes back to the champion, to compare it or to stay."""
+    """Visits the next of the queue; at its end goes back to the champion."""
     so_far = "" if reason is None else f"{reason}; "
     if state.queue:
         challenger, *rest = state.queue
         state = _visit(dataclasses.replace(state, queue=tuple(rest)), challenger)
         return state, Decision(challenger, "explore", f"{so_far}{challenger} chunks are tried against {state.champion}")
-    if state.contender is None:
+    if len(state.visits) == 1:
         return _commit(rules, state, reason)
-    back = f"{so_far}{state.champion} chunks are visited again to confirm that {state.contender} are better"
+    back = f"{so_far}{state.champion} chunks are visited again, to see what they cost now"
     return _visit(state, state.champion), Decision(state.champion, "return", back)
 
 
-def _commit(rules: Rules, state: State, reason: str | None) -> tuple[State, Decision]:
+def _end_trip(rules: Rules, state: State) -> tuple[State, Decision]:
+    """Back at the champion: what is better than both of its visits is adopted, after a second look what is so twice."""
+    found = _duels(rules, state)
+    best, confirmed = _best(rules, state, found, rules.worthwhile)
+    gaps = dict(state.gaps) | {n: duels.gap_of(duel.between) for n, duel in found.items()}
+    reason = duels.in_words(state.champion, found)
+    if confirmed and best is not None:
+        gaps = duels.rebased(gaps, state.champion, best, gaps[best])
+        state = dataclasses.replace(state, champion=best, gaps=tuple(sorted(gaps.items())))
+        return _commit(rules, state, f"{reason}: {best} adopted", adopted=True)
+    state = dataclasses.replace(state, gaps=tuple(sorted(gaps.items())))
+    if best is None or state.second_look:
+        return _commit(rules, state, f"{reason}: no reason to switch")
+    if abs(found[best].drift) > math.log1p(rules.hopeless):
+        return _commit(rules, state, f"{reason}: its level has moved too far to tell")
+    state = dataclasses.replace(state, visits=(*state.visits, _visit_to_date(state)), second_look=True)
+    return _visit(state, best), Decision(best, "confirm", f"{reason}: {best} chunks are tried once more")
+
+
+def _duels(rules: Rules, state: State) -> dict[int, Duel]:
+    """Of the challengers visited since the champion was, the visit to which goes on."""
+    return duels.since_champion(state.visits, _visit_to_date(state), _error(rules))
+
+
+def _best(rules: Rules, state: State, found: dict[int, Duel], gain: float) -> tuple[int | None, bool]:
+    """The best challenger that is better by a `gain` once drift is taken out, and whether that is confirmed.
+
+    It is by both visits of the champion, whatever the drift was in between; or by a second trip, as by the first.
+    """
+    gain = math.log1p(gain)
+    better = {n: duel for n, duel in found.items() if duel.between.high < -gain}
+    confirmed = set()
+    for n, duel in better.items():
+        twice = (dict(state.gaps)[n], duel.between) if state.second_look else (duels.gap_of(duel.before), duel.after)
+        confirmed |= {n} if duels.largest(*twice) < -gain else set()
+    return min(confirmed or better, key=lambda n: better[n].between.mean, default=None), bool(confirmed)
+
+
+def _commit(rules: Rules, state: State, reason: str | None, *, adopted: bool = False) -> tuple[State, Decision]:
     """The epoch is over, and its champion stays."""
-    adopted = state.champion == state.contender
     fruitless = max(0, state.fruitless + (-1 if adopted else 1)) if state.epoch else 0
     paid_s = state.excess_s / rules.exploration_share if state.epoch else 0.0
     hold_s = max(rules.hold_constants * rules.thermal_constant_s * 2**fruitless, paid_s)
     state = dataclasses.replace(
-        state, exploring=False, fruitless=fruitless, hold_s=hold_s, excess_s=0.0, contender=None, contender_costs=(),
+        state, exploring=False, fruitless=fruitless, hold_s=hold_s, excess_s=0.0, second_look=False,
         level=(), reference=(),
     )  # fmt: skip
     if state.current != state.champion:
@@ -335,7 +320,8 @@ def _visit(state: State, num_chunks: int) -> State:
 def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
     """A committed champion has been watched at equilibrium: is its level the one of its epoch?
 
-    Just after an epoch, "before" is what the champion cost in it: a change in between makes its duels worthless.
+    Just after an epoch, "before" is what the champion cost in it: a jump in between makes its duels worthless, and
+    cannot be told from drift.
     """
     level = {}
     for name, signal in SIGNALS.items():
@@ -345,8 +331,9 @@ def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
             if state.drifted and not drift.steady(values, signal.change):
                 return _visit(state, state.current), Decision(state.current)
     before = dict(state.reference)
-    if not before and len(state.champion_costs) > 1:
-        before = {"cost": drift.baseline(state.champion_costs, SIGNALS["cost"].least_std)}
+    earlier = [visit.costs for visit in state.visits if visit.num_chunks == state.champion and len(visit.costs) > 1]
+    if not before and earlier:
+        before = {"cost": drift.baseline(earlier[0], SIGNALS["cost"].least_std)}
     moved = tuple(
         f"{name} {change_in_words(name, before[name].mean, now.mean)}"
         for name, now in level.items()
@@ -355,8 +342,7 @@ def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
     alarmed, first = bool(state.drifted), not state.reference
     state = dataclasses.replace(
         state, phase="committed", level=tuple(level.items()), reference=state.reference or tuple(level.items()),
-        evidence=(), windows=(), champion_costs=_costs(state)[-rules.most_windows :] or state.champion_costs,
-        drifted=moved,
+        evidence=(), windows=_latest(rules, state.windows), visits=(), drifted=moved,
     )  # fmt: skip
     if not moved:
         steady = ("steady", "the level is what it was after the last epoch") if alarmed else (None, None)
@@ -367,8 +353,9 @@ def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
     return _open_epoch(state, why)
 
 
-def _watch(state: State, seen: Observation) -> tuple[State, Decision]:
+def _watch(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
     """Committed: looks for drift, and opens the epoch that had to wait."""
+    state = dataclasses.replace(state, windows=_latest(rules, (*state.windows, _signals(state, seen))))
     if state.hold_s <= 0 and state.drifted:
         return _open_epoch(state, f"the regime had changed ({', '.join(state.drifted)})")
     level, evidence, alarms = dict(state.level), dict(state.evidence), []
@@ -392,18 +379,40 @@ def _open_epoch(state: State, why: str) -> tuple[State, Decision]:
     challenger, *others = ranked[first:] + ranked[:first]
     state = dataclasses.replace(
         _visit(state, challenger), exploring=True, epoch=state.epoch + 1, queue=tuple(others), drifted=(),
-        expected_gap=gaps[challenger],
+        visits=(_visit_to_date(state),),
     )  # fmt: skip
     return state, Decision(challenger, "reopen", f"{why}; {challenger} chunks are tried against {state.champion}")
 
 
-def _costs(state: State) -> tuple[float, ...]:
-    return tuple(window["cost"] for window in state.windows if "cost" in window)
+def _signals(state: State, seen: Observation) -> dict[str, float]:
+    return {"over_s": state.clock_s, **seen.signals()}
+
+
+def _latest(rules: Rules, windows: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
+    """As many as the champion is watched for at the beginning of an epoch, which may open at any time."""
+    return tuple(window for window in windows if "cost" in window)[-rules.most_windows :]
+
+
+def _visit_to_date(state: State) -> Visit:
+    """What the visit that goes on says of costs."""
+    known = [window for window in state.windows if "cost" in window]
+    start_s = known[0]["over_s"] if known else state.clock_s
+    return Visit(state.current, start_s, tuple(window["cost"] for window in known))
+
+
+def _as_measured(rules: Rules, state: State) -> MeanInterval:
+    """Gap of the challenger that is being visited to the champion's visit before."""
+    before = duels.last_of(state.champion, state.visits)
+    return duels.interval_of(_visit_to_date(state).costs, before.costs, _error(rules))
+
+
+def _error(rules: Rules) -> float:
+    return rules.error / max(1, len(rules.candidates) - 1)
 
 
 def _share_lost(state: State, seen: Observation) -> float:
     """Of a challenger's window: what it cost beyond the champion; negative where it cost less."""
-    if not state.champion_costs or (log_cost := finite_log(seen.cost)) is None:
+    costs = duels.last_of(state.champion, state.visits).costs
+    if not costs or (log_cost := finite_log(seen.cost)) is None:
         return 0.0
-    gap = log_cost - sum(state.champion_costs) / len(state.champion_costs)
-    return -math.expm1(-gap)
+    return -math.expm1(sum(costs) / len(costs) - log_cost)

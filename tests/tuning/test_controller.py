@@ -64,6 +64,7 @@ def test_energy_is_of_stretches_without_a_pause(objective, expected):
     feed.run(2)
     feed.controller.end_stretch()
     feed.time_s += 5.0  # a validation
+    feed.run(1, seconds=0.9)  # after which a step is slow
     feed.run(2)
     assert [round(end - start, 9) for start, end in feed.asked] == [0.6, 0.6]
     feed.run(4 * 60)
@@ -71,8 +72,21 @@ def test_energy_is_of_stretches_without_a_pause(objective, expected):
 
 
 def test_a_pause_that_nobody_announced_ends_a_stretch_too():
-    feed = Feed("energy").run(4, pause_s=1.0)
-    assert len(feed.asked) == 4 and all(end - start == pytest.approx(0.3) for start, end in feed.asked)
+    """Every other step is left out for the pause before it, and not all."""
+    feed = Feed("energy").run(7, pause_s=1.0)
+    assert [round(start / 1.3) for start, _ in feed.asked] == [0, 2, 4, 6]
+    assert all(end - start == pytest.approx(0.3) for start, end in feed.asked)
+
+
+def test_a_slow_step_after_a_checkpoint_is_in_no_window():
+    costs = []
+    for slow_s in (0.3, 3.0):
+        feed = Feed().run(4 * 50)
+        feed.controller.end_stretch()
+        feed.time_s += 1.0
+        feed.run(1, seconds=slow_s).run(4 * 100)
+        costs.append([record["reason"] for record in feed.records])
+    assert costs[0] == costs[1] and len(costs[0]) == 2
 
 
 def test_unknown_energy_is_no_cost():
@@ -86,7 +100,7 @@ def test_it_goes_on_in_another_process_with_a_visit_begun_anew():
     other = Feed()
     assert other.controller.go_on_from(saved) and other.controller.num_chunks == 1
     assert other.controller.to_json()["state"]["phase"] == "settle"
-    assert other.controller.to_json()["state"]["champion_costs"] == saved["state"]["champion_costs"]
+    assert other.controller.to_json()["state"]["visits"] == saved["state"]["visits"] != ()
     assert not Feed(rules=dataclasses.replace(RULES, candidates=(1, 4, 16))).controller.go_on_from(saved)
     earlier = saved | {"state": {name: value for name, value in saved["state"].items() if name != "fruitless"}}
     assert not Feed().controller.go_on_from(earlier)  # of a policy that remembers other things
