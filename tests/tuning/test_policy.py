@@ -181,7 +181,7 @@ def test_a_jump_in_an_epoch_decides_nothing(epoch_drift, jump):
     Where drift before and after undoes a jump, both visits of the champion may miss it; a second look does not.
     """
     looks = 0
-    for jump_s in np.arange(0.25, 2.0, 0.125) * EPOCH_S:
+    for jump_s in np.arange(0.25, 2.0, 0.25) * EPOCH_S:
         level = drifting("linear", epoch_drift, jump, jump_s)
         plant = Plant(RULES, {4: 1.0, 16: 1.0, 1: 1.0}, noise=0.001, level=level, seed=int(jump_s)).run(2.2 * EPOCH_S)
         kinds = plant.kinds()
