@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxchunk.plotting.style import BLUE, GREEN, GREY, VERMILION, new_figure, new_panels, read_telemetry, run_style
+from jaxchunk.plotting.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    VERMILION,
+    new_figure,
+    new_panels,
+    read_telemetry,
+    run_style,
+)
 from jaxchunk.run_dir import read_json_lines
 
 if TYPE_CHECKING:
@@ -18,6 +28,8 @@ _GAP_S = 5.0  # without samples: a run that was stopped and gone on with; no lin
 def plot_training(run_path: Path) -> Path:
     """Draws `training.png` from a run's records: loss, tokens/s, power, temperature and SM clock over time.
 
+    The chunk count too, where it changed.
+
     Args:
       run_path: a directory that `train` wrote.
 
@@ -25,8 +37,8 @@ def plot_training(run_path: Path) -> Path:
       The figure's path.
     """
     steps, validation = read_json_lines(run_path / "steps.jsonl"), read_json_lines(run_path / "validation.jsonl")
-    telemetry = read_telemetry(run_path / "telemetry.csv")
-    figure, axes = new_panels(5 if telemetry else 2)
+    decisions, telemetry = read_json_lines(run_path / "chunks.jsonl"), read_telemetry(run_path / "telemetry.csv")
+    figure, axes = new_panels(2 + bool(decisions) + 3 * bool(telemetry))
     time_s = [record["time_s"] for record in steps]
     axes[0].plot(time_s, [record["loss"] for record in steps], color=BLUE, linewidth=1, label="training")
     if validation:
@@ -37,9 +49,11 @@ def plot_training(run_path: Path) -> Path:
     axes[1].plot(time_s, [record["tokens_per_s"] for record in steps], color=BLUE, linewidth=1)
     axes[1].set_ylim(bottom=0)
     axes[1].set_ylabel("tokens/s")
+    if decisions and steps:
+        _plot_chunks(axes[2], decisions, time_s)
     title = str(run_path.name)
     if telemetry:
-        _plot_telemetry(axes[2:], telemetry, time_s)
+        _plot_telemetry(axes[-3:], telemetry, time_s)
     elif steps:
         title += f"\nno power or clocks: {steps[-1]['energy_null_reason']}"
     axes[0].set_title(title, fontsize=10)
@@ -47,6 +61,20 @@ def plot_training(run_path: Path) -> Path:
     path = run_path / "training.png"
     figure.savefig(path, dpi=150)
     return path
+
+
+def _plot_chunks(axis: "Axes", decisions: Sequence[dict[str, Any]], step_time_s: list[float]) -> None:
+    """Counts by the times of the policy's decisions, which take effect a few steps later; dotted where none changed."""
+    times_s = [step_time_s[0], *(decision["time_s"] for decision in decisions), step_time_s[-1]]
+    counts = [decisions[0]["window"]["num_chunks"], *(decision["num_chunks"] for decision in decisions)]
+    axis.step(times_s, [*counts, counts[-1]], where="post", color=BLACK)
+    for before, decision in zip(counts, decisions, strict=False):
+        if decision["num_chunks"] == before:
+            axis.axvline(decision["time_s"], color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_yscale("log", base=2)
+    axis.set_yticks(sorted(set(counts)), [str(count) for count in sorted(set(counts))])
+    axis.minorticks_off()
+    axis.set_ylabel("chunks")
 
 
 def _plot_telemetry(axes: list["Axes"], telemetry: dict[str, np.ndarray], step_time_s: list[float]) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from jaxchunk.errors import InputError
+from jaxchunk.plotting import plot_training
 from jaxchunk.run_dir import RunDirectory, read_json_lines
 from jaxchunk.training import checkpoint, chunks, loop, plan, step
 from jaxchunk.training.checkpoint import load_params
@@ -52,7 +54,7 @@ def decisions(config):
     return read_json_lines(Path(config.out_dir) / "chunks.jsonl")
 
 
-def test_an_adaptive_run_tries_its_candidates_and_says_why(adaptive, capsys):
+def test_an_adaptive_run_tries_its_candidates_says_why_and_draws_them(adaptive, capsys, monkeypatch):
     assert loop.train(adaptive)["status"] == "completed"
     records = decisions(adaptive)
     assert [record["event"] for record in records][:1] == ["explore"]
@@ -67,8 +69,16 @@ def test_an_adaptive_run_tries_its_candidates_and_says_why(adaptive, capsys):
     assert json.loads((path / "config.json").read_text())["lmhead_chunks"] == "adaptive"
     assert json.loads((path / "env.json").read_text())["chosen"]["lmhead_chunks_adaptive"] == [1, 4]
     losses = [record["loss"] for record in read_json_lines(path / "steps.jsonl")]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_training(path)
+    (panel,) = (axis for axis in figures[0].axes if axis.get_ylabel() == "chunks")
+    times_s, counts = panel.lines[0].get_data()
+    assert list(counts[:-1]) == [4, *(record["num_chunks"] for record in records)]
+    assert list(times_s[1:-1]) == [record["time_s"] for record in records]
     fixed = dataclasses.replace(adaptive, lmhead_chunks=4, out_dir=str(path) + "-fixed")
     loop.train(fixed)
+    assert "chunks" not in [axis.get_ylabel() for axis in figures[-1].axes]
     same = [record["loss"] for record in read_json_lines(Path(fixed.out_dir) / "steps.jsonl")]
     np.testing.assert_allclose(losses, same, rtol=1e-3)  # rounding grows with the steps
 
