@@ -106,8 +106,8 @@ def percent(gap: MeanInterval) -> str:
 def in_words(champion: int, duels: dict[int, Duel]) -> str:
     """What a trip says: gaps with the drift in them, and without."""
     gaps = (
-        f"{n} chunks cost {percent(duel.before)} as measured and {percent(duel.between)} without that"
+        f"{n} chunks cost {percent(duel.before)} as measured, {percent(duel.between)} with that drift taken out"
         for n, duel in duels.items()
     )
-    drift = max(duel.drift for duel in duels.values())  # the same for all
+    drift = next(iter(duels.values())).drift  # the champion's
     return f"{champion} chunks cost {100 * math.expm1(drift):+.2f}% against their visit before; {', '.join(gaps)}"
