@@ -277,7 +277,11 @@ def _loss_here(operands: Operands, settings: _Settings, placement: Placement) ->
     chunk_rows, chunks = split_rows(row_labels.size, settings.num_chunks, dispatch.rows_multiple(implementation))
     if chunks != settings.num_chunks and num_tokens and implementation != "reference":
         _logger.warning(
-            "num_chunks=%d for %d tokens: using %d of %d", settings.num_chunks, num_tokens, chunks, chunk_rows
+            "num_chunks=%d for %d tokens: using %d chunk(s) of %d token(s)",
+            settings.num_chunks,
+            num_tokens,
+            chunks,
+            chunk_rows,
         )
     dispatch.log_choice(settings.choice, chunk_rows, chunks)
     if implementation == "reference":

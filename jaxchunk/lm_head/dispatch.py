@@ -76,18 +76,17 @@ def choose_implementation(
     if implementation is None:
         return _fastest(platform, jax.numpy.dtype(compute_dtype), head)
     if implementation not in get_args(Implementation):
-        names = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation is {implementation!r}; it must be one of {names}, or None to choose")
+        names = ", ".join(name for name in get_args(Implementation) if "_" not in name)  # the others are for tests
+        raise ValueError(f"implementation is {implementation!r}; it must be one of {names}, or left out")
     if implementation == "pallas":
         obstacle = pallas_obstacle(platform, jax.numpy.dtype(compute_dtype))
         if obstacle is not None:
-            raise ValueError(f"implementation='pallas' cannot run: {obstacle}; use 'xla', or None to choose by device")
+            raise ValueError(f"implementation='pallas' cannot run: {obstacle}; use 'xla', or leave it out")
     if implementation in FUSED:
         obstacle = _named_fused_obstacle(implementation, platform, jax.numpy.dtype(compute_dtype), head)
         if obstacle is not None:
-            raise ValueError(
-                f"implementation={implementation!r} cannot run: {obstacle}; use 'pallas' or 'xla', or None to choose"
-            )
+            others = "'xla'" if pallas_obstacle(platform, jax.numpy.dtype(compute_dtype)) else "'pallas' or 'xla'"
+            raise ValueError(f"implementation={implementation!r} cannot run: {obstacle}; use {others}, or leave it out")
     if implementation == "pallas_interpret" and jax.numpy.dtype(compute_dtype).itemsize > 4:
         raise ValueError(f"implementation='pallas_interpret' cannot run: {_FLOAT32_ONLY} {compute_dtype}; use 'xla'")
     return Choice(implementation, "named by the caller")  # type: ignore[arg-type]
@@ -209,11 +208,11 @@ def check_placement(choice: Choice, placement: Placement) -> None:
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if choice.implementation == "reference" and (placement.token_axes or placement.vocab_axes):
-        raise ValueError("implementation='reference' cannot run: it knows no mesh axes; use 'xla', or None to choose")
+        raise ValueError("implementation='reference' cannot run: it knows no mesh axes; use 'xla', or leave it out")
     if choice.implementation in ("pallas_interpret", "fused_interpret") and (placement.mesh is not None or manual):
         raise ValueError(
             f"implementation={choice.implementation!r} cannot run: JAX's Pallas interpreter does not work inside of "
-            "jax.shard_map; use 'xla', or None to choose"
+            "jax.shard_map; use 'xla', or leave it out"
         )
 
 

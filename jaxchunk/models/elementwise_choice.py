@@ -18,4 +18,4 @@ def choose_elementwise(requested: Elementwise | None, compute_dtype: DTypeLike) 
         raise ValueError(f"--elementwise pallas cannot run: {obstacle}; use xla, or leave it out")
     if requested is not None:
         return requested, "named by the caller"
-    return ("pallas", "the device is an NVIDIA GPU") if obstacle is None else ("xla", obstacle)
+    return ("pallas", "the device is an NVIDIA GPU") if obstacle is None else ("xla", f"pallas cannot run: {obstacle}")

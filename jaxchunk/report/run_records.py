@@ -86,13 +86,13 @@ def _read_run(path: Path, label: str) -> RunRecords:
     steps = tuple(_filled(StepRecord, line) for line in lines)
     stretches = tuple(_filled(Stretch, line) for line in _read_lines(path / "stretches.jsonl", _NEEDED_OF_STRETCHES))
     tokens = round(steps[0].tokens_per_s * steps[0].step_time_s) if steps else None
-    summary = _read_json(path / "summary.json")
+    summary, history = _read_json(path / "summary.json"), _read_json(path / "run.json")
     return RunRecords(
         label=label,
         path=path,
-        config=config,
+        config=_latest_flags(config, history),
         environment=_read_json(path / "env.json"),
-        history=_read_json(path / "run.json"),
+        history=history,
         steps=steps,
         stretches=stretches,
         validation=tuple(_read_lines(path / "validation.jsonl", ("step", "val_loss"))),
@@ -101,6 +101,12 @@ def _read_run(path: Path, label: str) -> RunRecords:
         finished=bool(summary),
         tokens_per_step=tokens,
     )
+
+
+def _latest_flags(config: dict[str, Any], history: dict[str, Any]) -> dict[str, Any]:
+    """The flags that a run ended with: one that is gone on with may have more steps. That it was is in its history."""
+    latest: dict[str, Any] = next((c["config"] for c in reversed(history.get("continued", [])) if "config" in c), {})
+    return config | {name: value for name, value in latest.items() if name != "resume"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

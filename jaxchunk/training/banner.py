@@ -42,7 +42,11 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "elementwise": f"{plan.execution.elementwise} ({plan.elementwise_reason})",
         "layers": ("scanned" if plan.execution.scan_layers else "unrolled")
-        + (" (XLA makes one cuDNN call of a program deterministic)" if _is_looped_for_bits(plan) else "")
+        + (
+            " (for --deterministic: of several cuDNN calls XLA makes one deterministic)"
+            if _is_looped_for_bits(plan)
+            else ""
+        )
         + f", remat {config.remat}"
         + (f", MLP in {config.mlp_chunks} chunks" if config.mlp_chunks > 1 else ""),
         "memory": programs.memory_plan.describe(),

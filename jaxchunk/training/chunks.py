@@ -47,8 +47,8 @@ def settle(
     """
     if isinstance(config.lmhead_chunks, int):
         return config, None
+    _check(config)
     if config.lmhead_chunks == "adaptive":
-        _check_adaptive(config)
         return config, None
     counts = config.chunk_candidates or candidate_counts(
         (config.micro_batch_size or config.batch_size) * config.seq_len
@@ -73,8 +73,8 @@ def settle(
     return dataclasses.replace(config, lmhead_chunks=choice.num_chunks), choice
 
 
-def _check_adaptive(config: TrainConfig) -> None:
-    if config.lmhead_impl == "reference":
+def _check(config: TrainConfig) -> None:
+    if config.lmhead_chunks == "adaptive" and config.lmhead_impl == "reference":
         raise InputError("--lmhead_chunks adaptive: --lmhead_impl reference has no chunks")
     monitor = open_monitor(jax.devices()[0])  # probes, and reads nothing
     if config.chunk_objective == "time" or monitor.energy_source is not None:
@@ -84,7 +84,8 @@ def _check_adaptive(config: TrainConfig) -> None:
             f"--chunk_objective {config.chunk_objective} needs energy, and there is no source of it here "
             f"({monitor.energy_source_reason}); choose time, or allow that with --chunk_time_if_no_energy"
         )
-    _logger.warning("warning: no energy here (%s): chunks adapt to time", monitor.energy_source_reason)
+    if config.lmhead_chunks == "adaptive":  # `choose_num_chunks` says so itself
+        _logger.warning("warning: no energy here (%s): chunks adapt to time", monitor.energy_source_reason)
 
 
 def compile_arms(
@@ -125,12 +126,19 @@ def compile_arms(
 class Chunks:
     """Which compiled step the trainer runs next: always the same."""
 
-    def __init__(self, train_step: TrainStep):
-        self._train_step = train_step
+    undecided: str | None = None
+    """What is to be said of a search that did not come to an end."""
+
+    def __init__(self, num_chunks: int, train_step: TrainStep):
+        self._num_chunks, self._train_step = num_chunks, train_step
 
     def train_step(self, step: int) -> TrainStep:
         """The program for a step that is about to be dispatched."""
         return self._train_step
+
+    def count_of(self, step: int) -> int:
+        """The number of chunks of a step that is on its way or done, and not observed yet."""
+        return self._num_chunks
 
     def observe(self, record: StepRecord) -> None:
         """Takes in the record of a step, in order."""
@@ -154,6 +162,20 @@ class AdaptiveChunks(Chunks):
         """See `Chunks`."""
         self._counts[step] = self._controller.num_chunks
         return self._steps[self._counts[step]]
+
+    @property
+    def undecided(self) -> str | None:  # type: ignore[override]
+        """See `Chunks`."""
+        if not self._controller.in_first_epoch:
+            return None
+        return (
+            f"chunks: the run ended before {', '.join(map(str, self._steps))} were compared to the end, which takes "
+            f"{self._controller.first_epoch_s:.0f} s of training or more (--chunk_thermal_s sets it)"
+        )
+
+    def count_of(self, step: int) -> int:
+        """See `Chunks`."""
+        return self._counts[step]
 
     def observe(self, record: StepRecord) -> None:
         """See `Chunks`."""
@@ -195,7 +217,7 @@ def open_chunks(
       record: takes a decision.
     """
     if config.lmhead_chunks != "adaptive":
-        return Chunks(next(iter(steps.values())))
+        return Chunks(*next(iter(steps.items())))
     objective = config.chunk_objective if monitor.energy_source is not None else "time"  # `settle` has asked
 
     def energy_of(start_s: float, end_s: float) -> float | None:

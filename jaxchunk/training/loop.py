@@ -94,6 +94,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             figure = plotting.plot_training(run.path)
     if processes.is_first:
         print(banner.describe_summary(summary, figure), flush=True)
+        if history.step == config.steps:
+            print(f"all of its {config.steps} steps were there already; --steps can make a run longer", flush=True)
     if summary["status"] == "failed":
         raise RunFailedError(summary["status_reason"])
     return summary
@@ -247,6 +249,8 @@ class _Training:
             if stopped_by:
                 status = "interrupted" if stopped_by == "SIGINT" else "stopped"
                 return self._saved_to_the_end(status, f"{status} by {stopped_by} after {self._done} steps")
+        if undecided := self._chunks.undecided:
+            self._progress.say(undecided)
         return self._saved_to_the_end("completed", None)
 
     def _train_stretch(self, state: TrainState, first: int, last: int) -> TrainState:
@@ -338,6 +342,7 @@ class _Training:
                 tokens=self._config.tokens_per_step,
                 flops_per_token=self._flops_per_token,
                 peak_flops=self._peak_flops,
+                lmhead_chunks=self._chunks.count_of(done.step),
             )
             self._completed.popleft()
             self._records.append(record)

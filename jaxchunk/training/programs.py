@@ -141,9 +141,9 @@ def compiler_options(config: TrainConfig, platform: str) -> dict[str, str | bool
 def must_loop(config: TrainConfig, attention: qwen2.AttentionImplementation) -> bool:
     """Whether the blocks have to be a loop over one compiled block, whatever `config.scan_layers` says.
 
-    Of several alike calls of cuDNN's attention in a program XLA marks only the first as deterministic, and at the first
-    run does not find what it compiled for the others ("IndexError: absl::container_internal::raw_hash_map<>::at"; JAX
-    0.11.2, by the calls in the compiled text). A loop has one call a direction.
+    Of several alike backward calls of cuDNN's attention in a program XLA marks only the first as deterministic and does
+    not find what it compiled for the others when they run ("IndexError: absl::container_internal::raw_hash_map<>::at";
+    JAX 0.11.2, by the calls in the compiled text). A loop has one; forward calls get no such mark.
     """
     return config.deterministic and attention == "cudnn"
 

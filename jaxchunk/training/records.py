@@ -20,7 +20,8 @@ class StepRecord:
     `time_s` is the completion of the step on the run's clock (0 where telemetry starts). Joules and watts are the GPU's
     own, as NVML reports them, not the wall's. `throttle` holds seconds by clock-event reason. Where there are several
     GPUs, joules, watts and throttle seconds are sums over those of all processes, the clock is the mean and the
-    temperature the highest; `devices` has each of them, by its place in the mesh.
+    temperature the highest; `devices` has each of them, by its place in the mesh. `lmhead_chunks` is the count that the
+    step ran with.
     """
 
     step: int
@@ -41,6 +42,7 @@ class StepRecord:
     temperature_c: float | None
     throttle: dict[str, float] | None
     devices: dict[str, dict[str, Any]] | None = None
+    lmhead_chunks: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -81,6 +83,7 @@ def step_record(
     tokens: int,
     flops_per_token: float,
     peak_flops: float | None,
+    lmhead_chunks: int,
 ) -> StepRecord:
     """The record of a step whose window of time is `window`."""
     seconds = window.end_s - window.start_s
@@ -100,6 +103,7 @@ def step_record(
         temperature_c=window.temperature_c,
         throttle=window.throttle,
         devices=_each_device(window),
+        lmhead_chunks=lmhead_chunks,
         **metrics,
     )
 

@@ -141,7 +141,7 @@ def test_custom_ignore_index():
 def test_more_chunks_than_tokens_is_clamped_with_a_word(caplog):
     with caplog.at_level(logging.WARNING, logger="jaxchunk"):
         loss = lm_head_loss(*P, num_chunks=13)
-    assert "num_chunks=13 for 12 tokens: using 12 of 1" in caplog.text
+    assert "num_chunks=13 for 12 tokens: using 12 chunk(s) of 1 token(s)" in caplog.text
     np.testing.assert_allclose(loss, lm_head_loss(*P), rtol=1e-6)
 
 

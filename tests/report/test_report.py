@@ -191,6 +191,16 @@ def test_flags_of_other_versions_do_not_count_as_differences(tmp_path):
     assert Page(text).row("--later") == ["unknownnot recorded", "7"] and "Recorded of some" in rest
 
 
+def test_a_run_that_was_gone_on_with_is_shown_with_the_flags_that_it_ended_with(tmp_path):
+    path = write_run(tmp_path / "longer", count=6)
+    history = json.loads((path / "run.json").read_text())
+    latest = json.loads((path / "config.json").read_text()) | {"steps": 6, "resume": True}
+    (path / "run.json").write_text(json.dumps(history | {"continued": [{"step": 4, "config": latest}]}))
+    (run,) = read_runs([path])
+    assert run.config["steps"] == 6 and "resume" not in run.config
+    assert "6 of 6" in comparison_table([run])
+
+
 def test_labels_differ_and_are_escaped(tmp_path):
     paths = [write_run(tmp_path / parent / "_a$\\frac<b>") for parent in ("x", "y")]
     runs = read_runs([*paths, paths[0]])

@@ -76,10 +76,16 @@ def test_an_adaptive_run_tries_its_candidates_says_why_and_draws_them(adaptive, 
     times_s, counts = panel.lines[0].get_data()
     assert list(counts[:-1]) == [4, *(record["num_chunks"] for record in records)]
     assert list(times_s[1:-1]) == [record["time_s"] for record in records]
+    steps = read_json_lines(path / "steps.jsonl")
+    assert {record["lmhead_chunks"] for record in steps} == {1, 4} and steps[0]["lmhead_chunks"] == 4
+    assert "to the end" not in out
     fixed = dataclasses.replace(adaptive, lmhead_chunks=4, out_dir=str(path) + "-fixed")
     loop.train(fixed)
     assert "chunks" not in [axis.get_ylabel() for axis in figures[-1].axes]
     same = [record["loss"] for record in read_json_lines(Path(fixed.out_dir) / "steps.jsonl")]
+    short = dataclasses.replace(adaptive, chunk_thermal_s=60.0, steps=3, out_dir=str(path) + "-short")
+    loop.train(short)
+    assert "the run ended before 1, 4 were compared to the end, which takes 540 s" in capsys.readouterr().out
     np.testing.assert_allclose(losses, same, rtol=1e-3)  # rounding grows with the steps
 
 

@@ -125,10 +125,12 @@ def test_what_was_recorded_after_the_checkpoint_is_recorded_anew(config, uninter
     )
 
 
-def test_a_completed_run_can_be_made_longer(config, caplog):
+def test_a_completed_run_can_be_made_longer(config, caplog, capsys):
     loop.train(config)
     first = lines(config, "steps.jsonl")
-    assert loop.train(resumed(config))["steps"] == 12  # nothing is left to do
+    assert "were there already" not in capsys.readouterr().out
+    assert loop.train(resumed(config))["steps"] == 12
+    assert "all of its 12 steps were there already" in capsys.readouterr().out
     assert lines(config, "steps.jsonl") == first
     with pytest.raises(InputError, match=r"--steps is 11, was 12; it can only become larger"):
         loop.train(resumed(config, steps=11))
