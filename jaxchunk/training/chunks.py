@@ -126,15 +126,17 @@ def compile_arms(
 class Chunks:
     """Which compiled step the trainer runs next: always the same."""
 
-    undecided: str | None = None
-    """What is to be said of a search that did not come to an end."""
-
     def __init__(self, num_chunks: int, train_step: TrainStep):
         self._num_chunks, self._train_step = num_chunks, train_step
 
     def train_step(self, step: int) -> TrainStep:
         """The program for a step that is about to be dispatched."""
         return self._train_step
+
+    @property
+    def undecided(self) -> str | None:
+        """What is to be said of a search that did not come to an end."""
+        return None
 
     def count_of(self, step: int) -> int:
         """The number of chunks of a step that is on its way or done, and not observed yet."""
@@ -164,7 +166,7 @@ class AdaptiveChunks(Chunks):
         return self._steps[self._counts[step]]
 
     @property
-    def undecided(self) -> str | None:  # type: ignore[override]
+    def undecided(self) -> str | None:
         """See `Chunks`."""
         if not self._controller.in_first_epoch:
             return None
