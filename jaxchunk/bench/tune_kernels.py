@@ -27,6 +27,7 @@ from jaxchunk.lm_head import dispatch
 from jaxchunk.measuring import harness, preflight
 from jaxchunk.measuring.harness import OutputConfig
 from jaxchunk.run_dir import RunDirectory, new_run_path
+from jaxchunk.stop import StopRequest
 from jaxchunk.telemetry import open_monitor
 
 _CLOSE = 1.03  # to the best time of the search: measured again
@@ -110,7 +111,7 @@ def run(config: TuneConfig, machine: Machine | None = None) -> Path:
     Raises:
       InputError: there is no GPU, a flag is out of its domain, or the directory or the table cannot be used.
       RunFailedError: a configuration took the device with it, or none works at some shape.
-      KeyboardInterrupt: it was interrupted; `--continue` goes on.
+      KeyboardInterrupt: Ctrl-C or SIGTERM came; `--continue` goes on. The first lets a running attempt come to its end.
     """
     shapes = validate(config)
     machine = machine or this_machine()
@@ -120,7 +121,7 @@ def run(config: TuneConfig, machine: Machine | None = None) -> Path:
     flags = dataclasses.asdict(config) | {"kernel": kernel.name}
     if directory.goes_on:
         _check_same(directory, flags, machine)
-    with directory:
+    with directory, StopRequest() as stop:
         about, warnings = machine.describe()
         for warning in warnings:
             print(f"warning: {warning}")
@@ -132,7 +133,7 @@ def run(config: TuneConfig, machine: Machine | None = None) -> Path:
         failed = []
         try:
             for shape in shapes:
-                log = _log(directory, kernel, shape, config)
+                log = _log(directory, kernel, shape, config, stop)
                 if log.result() is not None:
                     print(f"{shape}: done before")
                 elif not _tune(log, kernel, shape, config, machine):
@@ -141,7 +142,7 @@ def run(config: TuneConfig, machine: Machine | None = None) -> Path:
             print(f"interrupted: go on with the same flags and --continue --out_dir {directory.path}")
             raise
         finally:
-            logs = {shape: _log(directory, kernel, shape, config) for shape in shapes}
+            logs = {shape: _log(directory, kernel, shape, config, stop) for shape in shapes}
             table = None if config.write_table is None else Path(config.write_table)
             print(tuning_report.report(directory, kernel.name, machine.device, logs, table))
     if failed:
@@ -199,8 +200,10 @@ def _check_same(directory: RunDirectory, flags: dict[str, Any], machine: Machine
         raise InputError(f"--continue: the run in {directory.path} was begun on {device}, and this is {machine.device}")
 
 
-def _log(directory: RunDirectory, kernel: TunableKernel[Any], shape: ChunkShape, config: TuneConfig) -> TuningLog[Any]:
-    return TuningLog(directory, str(shape), kernel.config_type, hang_s=config.hang_s)
+def _log(
+    directory: RunDirectory, kernel: TunableKernel[Any], shape: ChunkShape, config: TuneConfig, stop: StopRequest
+) -> TuningLog[Any]:
+    return TuningLog(directory, str(shape), kernel.config_type, hang_s=config.hang_s, check=stop.check)
 
 
 def _tune(

@@ -41,7 +41,15 @@ class Window(NamedTuple):
 class TuningLog(Generic[Config]):
     """What was tried at one shape."""
 
-    def __init__(self, directory: RunDirectory, shape: str, config_type: type[Config], *, hang_s: float):
+    def __init__(
+        self,
+        directory: RunDirectory,
+        shape: str,
+        config_type: type[Config],
+        *,
+        hang_s: float,
+        check: Callable[[], None],
+    ):
         """Reads what an earlier run has left; a configuration that it never came back from counts as hung.
 
         Args:
@@ -49,8 +57,10 @@ class TuningLog(Generic[Config]):
           shape: its name.
           config_type: of the kernel's configurations.
           hang_s: seconds after which an attempt is given up, and the process with it.
+          check: called before each attempt; what it raises ends the search.
         """
-        self._directory, self._shape, self._config_type, self._hang_s = directory, shape, config_type, hang_s
+        self._directory, self._shape, self._config_type = directory, shape, config_type
+        self._hang_s, self._check = hang_s, check
         records = self._records()
         if records and records[-1]["event"] == "trying":
             self._write_hung(records[-1]["config"])
@@ -108,6 +118,7 @@ class TuningLog(Generic[Config]):
 
     @contextlib.contextmanager
     def _attempt(self, config: Config | None) -> Iterator[None]:
+        self._check()
         if config is not None:
             self.write("trying", config=_fields(config))
         try:

@@ -20,6 +20,7 @@ from jaxchunk.errors import InputError
 from jaxchunk.measuring import preflight
 from jaxchunk.measuring.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
 from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
+from jaxchunk.stop import StopRequest
 from jaxchunk.telemetry import AnyMonitor, open_monitor
 
 _logger = logging.getLogger("jaxchunk")
@@ -134,7 +135,8 @@ def run(benchmark: Benchmark) -> RunDirectory:
 
     Raises:
       InputError: the directory cannot be used, the run in it is another one, or the device's memory is too small.
-      KeyboardInterrupt: after an interrupted run was reported on.
+      KeyboardInterrupt: after a run that Ctrl-C or SIGTERM ended was reported on; the first lets a running window's
+        calls come to their end.
     """
     config = benchmark.config
     path = config.out_dir or new_run_path(benchmark.name)
@@ -144,9 +146,8 @@ def run(benchmark: Benchmark) -> RunDirectory:
     with memory_errors():
         variants = benchmark.variants()
     with directory:
-        with memory_errors(), _watching(directory, benchmark) as monitor:
-            done = read_measurements(directory.path)
-            interrupted = _measure_all(benchmark, variants, monitor, directory, done)
+        with memory_errors(), StopRequest() as stop, _watching(directory, benchmark) as monitor:
+            interrupted = _measure_all(benchmark, variants, monitor, directory, stop)
         measurements = read_measurements(directory.path)
         _warn_of_temperatures(directory, benchmark.protocol, measurements)
         if measurements:
@@ -214,19 +215,20 @@ def _measure_all(
     variants: Sequence[Variant],
     monitor: AnyMonitor,
     directory: RunDirectory,
-    done: Sequence[Measurement],
+    stop: StopRequest,
 ) -> bool:
     """Measures what is missing; True where it was interrupted."""
+    done = read_measurements(directory.path)
     total = len(variants) * benchmark.protocol.repeats
     try:
-        conditions = _conditions(benchmark, variants, monitor, directory)
+        conditions = _conditions(benchmark, variants, monitor, directory, stop)
         for warning in (
             *preflight.other_processes(monitor, benchmark.num_processes),
             *preflight.stuck_clocks(monitor, conditions),
         ):
             _warn(directory, warning)
         piece = len(directory.read_json("run.json")["continued"])
-        measuring = measure(variants, monitor, benchmark.protocol, conditions, done=done, piece=piece)
+        measuring = measure(variants, monitor, benchmark.protocol, conditions, done=done, piece=piece, check=stop.check)
         for measurement in _with_progress(measuring, total, len(done), len(variants)):
             directory.append(RECORDS, dataclasses.asdict(measurement))
             monitor.forget_before(monitor.now() - 5.0)
@@ -249,7 +251,11 @@ def _with_progress(measuring: Iterator[Measurement], total: int, done: int, ever
 
 
 def _conditions(
-    benchmark: Benchmark, variants: Sequence[Variant], monitor: AnyMonitor, directory: RunDirectory
+    benchmark: Benchmark,
+    variants: Sequence[Variant],
+    monitor: AnyMonitor,
+    directory: RunDirectory,
+    stop: StopRequest,
 ) -> Conditions:
     """As settled by the run that is continued, where there is one."""
     known = directory.read_json("conditions.json")
@@ -257,7 +263,7 @@ def _conditions(
         return Conditions(**known)
     if known is not None:
         _warn(directory, "other variants fit in memory than before: the conditions of the windows are settled anew")
-    conditions = settle(variants, monitor, benchmark.protocol)
+    conditions = settle(variants, monitor, benchmark.protocol, check=stop.check)
     directory.write_json("conditions.json", dataclasses.asdict(conditions))
     return conditions
 

@@ -130,8 +130,22 @@ class Measurement:
     factors: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def settle(variants: Sequence[Variant], monitor: AnyMonitor, protocol: Protocol) -> Conditions:
-    """Runs every variant once, counts the calls of a window, and heats the device up to the common temperature."""
+def _never() -> None:
+    """Nobody asks for a stop."""
+
+
+def settle(
+    variants: Sequence[Variant], monitor: AnyMonitor, protocol: Protocol, *, check: Callable[[], None] = _never
+) -> Conditions:
+    """Runs every variant once, counts the calls of a window, and heats the device up to the common temperature.
+
+    Args:
+      variants: what to compare.
+      monitor: started.
+      protocol: how.
+      check: called before every call of a variant; what it raises ends this.
+    """
+    variants = [_checked(variant, check) for variant in variants]
     monitor.wait_ready(monitor.now(), _TICK_TIMEOUT_S)  # no energy is known before the counter's first tick
     calls = {
         variant.name: protocol.calls or _calls_in_window(variant, monitor, protocol.window_s) for variant in variants
@@ -169,6 +183,7 @@ def measure(
     *,
     done: Sequence[Measurement] = (),
     piece: int = 0,
+    check: Callable[[], None] = _never,
 ) -> Iterator[Measurement]:
     """Measures every variant `repeats` times, yielding each measurement as it is made.
 
@@ -179,7 +194,9 @@ def measure(
       conditions: from `settle`, or from the run that is continued.
       done: measurements of that run; they are not made again.
       piece: how often the run was gone on with.
+      check: called before every call of a variant, and while the device cools; what it raises ends this.
     """
+    variants = [_checked(variant, check) for variant in variants]
     heater = next((variant for variant in variants if variant.name == conditions.heater), variants[0])
     finished = {(m.variant, m.repeat) for m in done}
     longest_s = 2 * protocol.settle_s  # a run that goes on may find the device cold
@@ -193,12 +210,20 @@ def measure(
                 if variant.prepare is not None and variant.heats_itself:
                     variant.prepare()
                 by = variant if variant.heats_itself else heater
-                start_c = _reach_temperature(by, monitor, protocol, conditions.start_temperature_c, longest_s)
+                start_c = _reach_temperature(by, monitor, protocol, conditions.start_temperature_c, longest_s, check)
                 longest_s = protocol.settle_s
                 measurement = _measure(variant, monitor, protocol, repeat, conditions.calls[variant.name], start_c)
                 if measurement.invalid_reason is None or attempt == _ATTEMPTS - 1:
                     yield dataclasses.replace(measurement, piece=piece)
                     break
+
+
+def _checked(variant: Variant, check: Callable[[], None]) -> Variant:
+    def call() -> Any:
+        check()
+        return variant.call()
+
+    return dataclasses.replace(variant, call=call)
 
 
 def _calls_in_window(variant: Variant, monitor: AnyMonitor, window_s: float) -> int:
@@ -287,7 +312,12 @@ def _timed_calls(
 
 
 def _reach_temperature(
-    heater: Variant, monitor: AnyMonitor, protocol: Protocol, target_c: float | None, longest_s: float
+    heater: Variant,
+    monitor: AnyMonitor,
+    protocol: Protocol,
+    target_c: float | None,
+    longest_s: float,
+    check: Callable[[], None],
 ) -> float | None:
     """Heats with work, or waits, until the device is near the target or the time is up; says where it then is."""
     temperature_c, start_s = _temperature_c(monitor), monitor.now()
@@ -297,6 +327,7 @@ def _reach_temperature(
         time.sleep(0.01)
         temperature_c = _temperature_c(monitor)
     while temperature_c is not None and monitor.now() - start_s < longest_s:
+        check()
         if temperature_c < target_c - protocol.temperature_tolerance_c:
             _run_for(heater, monitor, _HEATING_CALLS_S)
         elif temperature_c > target_c + protocol.temperature_tolerance_c:

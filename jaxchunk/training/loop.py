@@ -17,6 +17,7 @@ from jaxchunk.compilation import program_cache
 from jaxchunk.errors import RunFailedError
 from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.run_dir import OtherProcessRun, RunDirectory, new_run_path
+from jaxchunk.stop import StopRequest
 from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, open_monitor
 from jaxchunk.training import banner, resume
 from jaxchunk.training.checkpoint import Checkpoint, Checkpoints, check_base
@@ -32,7 +33,6 @@ from jaxchunk.training.records import WARMUP_STEPS, Stretch, perplexity, step_re
 from jaxchunk.training.resume import History
 from jaxchunk.training.samples import Sampler
 from jaxchunk.training.step import StepMetrics, TrainState, whole_params
-from jaxchunk.training.stop import StopRequest
 from jaxchunk.training.trace import StepTrace, parse_steps
 from jaxchunk.training.writers import Writers, open_writers
 

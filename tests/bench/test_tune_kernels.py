@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -117,6 +118,20 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, capsys):
     tune_kernels.run(config(path, go_on=True), fake(third))
     assert third == [] and "1024x128x4096: done before" in capsys.readouterr().out
     assert len((path / "continued.jsonl").read_text().splitlines()) == 2
+
+
+def test_ctrl_c_lets_the_running_attempt_end(tmp_path, capsys):
+    path, first, second = tmp_path / "run", [], []
+
+    def interrupt(candidate):
+        if len(first) == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_kernels.run(config(path), fake(first, evaluate=interrupt))
+    assert len(first) == 7 and "7 configurations: 7 ran" in capsys.readouterr().out
+    tune_kernels.run(config(path, go_on=True), fake(second))
+    assert not set(first) & set(second[:10]) and len(tuned.read_table(path / "tuned.json").entries) == 2
 
 
 def test_a_kernel_that_never_came_back_is_left_alone(tmp_path, capsys):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 
 import jax
@@ -20,9 +22,9 @@ PROTOCOL = Protocol(repeats=3, calls=2, warmup_calls=1, temperature_tolerance_c=
 
 
 class Work:
-    """Two variants; Ctrl-C comes at a given call."""
+    """Two variants; Ctrl-C comes at the given calls."""
 
-    def __init__(self, interrupt_at=None):
+    def __init__(self, *interrupt_at):
         self.calls, self._interrupt_at = 0, interrupt_at
 
     def variants(self):
@@ -30,8 +32,8 @@ class Work:
 
     def _call(self):
         self.calls += 1
-        if self.calls == self._interrupt_at:
-            raise KeyboardInterrupt
+        if self.calls in self._interrupt_at:
+            signal.raise_signal(signal.SIGINT)
         return jnp.zeros(())
 
 
@@ -50,9 +52,10 @@ def records(path):
 
 
 def test_an_interrupted_run_keeps_what_it_has_says_so_and_goes_on(tmp_path, capsys):
-    path, reports = tmp_path / "run", []
+    path, reports, work = tmp_path / "run", [], Work(9)
     with pytest.raises(KeyboardInterrupt):
-        harness.run(benchmark(path, Work(interrupt_at=9), reports=reports))
+        harness.run(benchmark(path, work, reports=reports))
+    assert work.calls == 9
     kept = len(records(path))
     assert 0 < kept < 6 and reports == [kept]
     said = capsys.readouterr().out
@@ -70,6 +73,41 @@ def test_an_interrupted_run_keeps_what_it_has_says_so_and_goes_on(tmp_path, caps
     assert [record["piece"] for record in found] == [0] * kept + [1] * (6 - kept)
     run = json.loads((path / "run.json").read_text())
     assert len(run["continued"]) == 1 and run["continued"][0]["env"]["jaxchunk"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_what_python_is_in_the_middle_of(tmp_path, monkeypatch, number):
+    """A thread's start, in which an exception would leave a lock in disorder and end the program with another error."""
+    started = []
+
+    class Thread(threading.Thread):
+        def start(self):
+            super().start()
+            started.append(self)
+            if len(started) == 5:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(threading, "Thread", Thread)
+    path, reports = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(benchmark(path, Work(), reports=reports))
+    assert len(started) == 5 and reports == [len(records(path))]
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_a_second_stop_does_not_wait(tmp_path):
+    class Slow(Work):
+        def _call(self):
+            super()._call()
+            if self.calls == 9:
+                time.sleep(0.01)
+                signal.raise_signal(signal.SIGINT)
+                raise AssertionError("the second came and nothing happened")
+
+    path, reports = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(benchmark(path, Slow(9), reports=reports))
+    assert reports == [len(records(path))] and 0 < reports[0] < 6
 
 
 def test_going_on_with_a_finished_run_measures_nothing_and_reports_again(tmp_path):

@@ -169,6 +169,42 @@ def test_a_device_that_is_too_hot_is_let_cool(monkeypatch):
     assert measured.start_temperature_c <= 62.0 and len(rig.log) == 2 + 3
 
 
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(rig, at_s):
+    def check():
+        if rig.clock() >= at_s:
+            raise StoppedError
+
+    return check
+
+
+def test_a_stop_does_not_wait_for_a_device_to_cool(monkeypatch):
+    rig = Rig(monkeypatch, temperature_c=80.0)
+    protocol, conditions = Protocol(repeats=1, calls=3, settle_s=60.0), Conditions({"a": 3}, "a", 60.0, None)
+    at_s = rig.clock() + 5.0
+    with pytest.raises(StoppedError):
+        list(measure([rig.variant("a", 0.1)], rig.monitor, protocol, conditions, check=stop_at(rig, at_s)))
+    assert rig.log == [] and rig.clock() == pytest.approx(at_s, abs=0.2)
+
+
+def test_a_stop_does_not_wait_for_a_window_to_end(blind):
+    protocol, conditions = Protocol(repeats=1, calls=50), Conditions({"a": 50}, "a", None, None)
+    at_s = blind.clock() + 3.0
+    with pytest.raises(StoppedError):
+        list(measure([blind.variant("a", 0.1)], blind.monitor, protocol, conditions, check=stop_at(blind, at_s)))
+    assert 20 < len(blind.log) < 32 and blind.clock() == pytest.approx(at_s, abs=0.2)
+
+
+def test_a_stop_does_not_wait_for_conditions_to_be_settled(rig):
+    at_s = rig.clock() + 3.0
+    with pytest.raises(StoppedError):
+        settle([rig.variant("a", 0.1)], rig.monitor, Protocol(settle_s=60.0), check=stop_at(rig, at_s))
+    assert rig.clock() == pytest.approx(at_s, abs=0.2)
+
+
 def test_a_temperature_out_of_reach_does_not_hold_up_the_run_for_ever(rig):
     protocol = Protocol(repeats=1, calls=3, settle_s=5.0)
     start_s = rig.clock()

@@ -11,8 +11,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """While entered, the first SIGTERM or Ctrl-C only leaves its name in `signal_name`, to be looked at between steps.
 
-    A second one raises KeyboardInterrupt where the program is. A signal that is ignored stays ignored, and in a thread
-    other than the main one, which alone may handle signals, nothing changes.
+    An exception that comes up wherever the program happens to be can leave a lock of Python's own in disorder (that of
+    a thread being started, for one), and what then ends the program is another error. A second signal does raise
+    KeyboardInterrupt where the program is. A signal that is ignored stays ignored, and in a thread other than the main
+    one, which alone may handle signals, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -32,7 +34,11 @@ class StopRequest:
             signal.signal(number, handler)
         self._before.clear()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def check(self) -> None:
+        """Raises KeyboardInterrupt where a stop was asked for: called where nothing is half done."""
         if self.signal_name is not None:
             raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.check()
         self.signal_name = signal.Signals(number).name
