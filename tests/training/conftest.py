@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from jaxchunk import plotting
 from jaxchunk.data import is_examples
 from jaxchunk.models import qwen2
 from jaxchunk.training import plan
@@ -25,6 +26,13 @@ UNCOMPILED = {
 def programs():
     """Compiled programs by what they depend on."""
     return {}
+
+
+@pytest.fixture(autouse=True)
+def figure(request, monkeypatch):
+    """No figure, which takes as long as a run: tests with the marker `figure` have it drawn."""
+    if request.node.get_closest_marker("figure") is None:
+        monkeypatch.setattr(plotting, "plot_training", lambda run_path: run_path / "training.png")
 
 
 @pytest.fixture

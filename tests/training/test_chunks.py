@@ -54,6 +54,7 @@ def decisions(config):
     return read_json_lines(Path(config.out_dir) / "chunks.jsonl")
 
 
+@pytest.mark.figure
 def test_an_adaptive_run_tries_its_candidates_says_why_and_draws_them(adaptive, capsys, monkeypatch):
     assert loop.train(adaptive)["status"] == "completed"
     records = decisions(adaptive)

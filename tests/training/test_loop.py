@@ -23,6 +23,7 @@ def run(config):
     return summary, read_json_lines(path / "steps.jsonl"), read_json_lines(path / "validation.jsonl")
 
 
+@pytest.mark.figure
 def test_records_of_a_run(config, capsys):
     summary, steps, validation = run(config)
     assert [record["step"] for record in steps] == list(range(1, 13))
@@ -116,6 +117,7 @@ def test_an_interrupt_keeps_what_was_measured(config, monkeypatch, capsys):
     assert "interrupted after" in capsys.readouterr().out
 
 
+@pytest.mark.figure
 def test_a_bad_loss_stops_the_run_and_says_where(config):
     with pytest.raises(RunFailedError, match="the loss is nan at step"):
         loop.train(dataclasses.replace(config, lr=1e30, grad_clip=1e30))
