@@ -350,13 +350,15 @@ def _take_level(rules: Rules, state: State) -> tuple[State, Decision]:
     why = f"the regime has changed {'during the epoch ' if first else ''}({', '.join(moved)})"
     if state.hold_s > 0:
         return state, Decision(state.current, "hold", f"{why}; no other count is tried for {state.hold_s:.0f} s more")
+    if not _can_open(rules, state):
+        return state, Decision(state.current, "hold", f"{why}; no other count is tried while costs are unknown")
     return _open_epoch(state, why)
 
 
 def _watch(rules: Rules, state: State, seen: Observation) -> tuple[State, Decision]:
     """Committed: looks for drift, and opens the epoch that had to wait."""
     state = dataclasses.replace(state, windows=_latest(rules, (*state.windows, _signals(state, seen))))
-    if state.hold_s <= 0 and state.drifted:
+    if state.drifted and _can_open(rules, state):
         return _open_epoch(state, f"the regime had changed ({', '.join(state.drifted)})")
     level, evidence, alarms = dict(state.level), dict(state.evidence), []
     for name, value in seen.signals().items():
@@ -367,6 +369,11 @@ def _watch(rules: Rules, state: State, seen: Observation) -> tuple[State, Decisi
         return dataclasses.replace(state, evidence=tuple(evidence.items())), Decision(state.current)
     state = dataclasses.replace(_visit(state, state.current), drifted=tuple(alarms))
     return state, Decision(state.current, "drift", f"{' and '.join(alarms)} drifted: waiting for a new level")
+
+
+def _can_open(rules: Rules, state: State) -> bool:
+    """Whether it is time for an epoch, and known what the champion costs now."""
+    return state.hold_s <= 0 and len(_visit_to_date(state).costs) >= rules.least_windows
 
 
 def _open_epoch(state: State, why: str) -> tuple[State, Decision]:
@@ -389,8 +396,11 @@ def _signals(state: State, seen: Observation) -> dict[str, float]:
 
 
 def _latest(rules: Rules, windows: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
-    """As many as the champion is watched for at the beginning of an epoch, which may open at any time."""
-    return tuple(window for window in windows if "cost" in window)[-rules.most_windows :]
+    """What the champion is watched for at the beginning of an epoch, which may open at any time: no old costs."""
+    windows = windows[-3 * rules.most_windows :]
+    while sum("cost" in window for window in windows) > rules.most_windows:
+        windows = windows[1:]
+    return windows
 
 
 def _visit_to_date(state: State) -> Visit:

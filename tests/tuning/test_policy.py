@@ -20,7 +20,10 @@ FOUND = [4, 16, 1, 4, 16]  # the first epoch
 
 
 class Plant:
-    """Costs by count and time, with noise, a level that all share, and one that each visit draws for itself."""
+    """Costs by count and time, with noise, a level that all share, and one that each visit has for itself.
+
+    `visits` is the standard deviation of the last, or what it is in turn, after the first visit.
+    """
 
     def __init__(self, rules, costs, noise=0.003, level=lambda time_s: 1.0, seed=0, visits=0.0):
         self.rules, self.costs, self.noise, self.level, self.visits = rules, costs, noise, level, visits
@@ -40,7 +43,8 @@ class Plant:
             assert (decision.event is None) == (decision.reason is None)
             if decision.num_chunks != self.path[-1]:
                 self.path.append(decision.num_chunks)
-                self.visit = self.random.normal(0.0, self.visits)
+                of_its_own = isinstance(self.visits, float)
+                self.visit = self.random.normal(0.0, self.visits) if of_its_own else next(self.visits)
             if decision.event is not None:
                 self.events.append((self.time_s, decision.event, decision.reason))
         return self
@@ -221,6 +225,48 @@ def test_temperature_and_clock_are_reasons_too(signal, said):
         events += [decision] if decision.event else []
     drift, reopen = events[-4:-2]
     assert (drift.event, reopen.event) == ("drift", "reopen") and said in reopen.reason
+
+
+@pytest.mark.parametrize(("cost", "windows"), [(1.034, RULES.least_windows), (1.02, RULES.most_windows)])
+def test_a_challenger_that_is_shown_to_be_hopeless_is_left_before_it_has_lost_what_it_may(cost, windows):
+    plant = Plant(RULES, {4: 1.0, 16: cost, 1: 1.0}, noise=1e-4).run(2 * EPOCH_S)
+    (tried_s, _, _), (left_s, _, left) = plant.events[:2]
+    assert left_s - tried_s == pytest.approx(2 * RULES.thermal_constant_s + windows * RULES.window_s)
+    assert "16 chunks cost +" in left and "have lost" not in left
+
+
+@pytest.mark.parametrize(("cost", "seconds"), [(0.9, RULES.least_windows * RULES.window_s), (0.98, EPOCH_S / 3)])
+def test_a_champion_that_is_shown_to_be_hopeless_is_not_watched_to_the_end(cost, seconds):
+    plant = Plant(RULES, {4: 1.0, 16: cost, 1: 1.0}, noise=1e-4).run(2 * EPOCH_S)
+    assert plant.kinds() == ["explore", "explore", "return", "adopt"]
+    assert plant.events[3][0] - plant.events[2][0] == pytest.approx(seconds)
+
+
+def test_two_looks_that_contradict_each_other_are_not_followed_by_a_third():
+    """Sixteen chunks seem to gain 1.4% in the first trip and 6% in the second: nobody knows what they do."""
+    plant = Plant(RULES, {4: 1.0, 16: 1.0, 1: 1.0}, noise=1e-4, visits=iter([-0.02, 0.0, -0.018, -0.078, -0.018]))
+    plant.run(2.2 * EPOCH_S)
+    assert plant.path == [4, 16, 1, 4, 16, 4] and plant.state.champion == 4
+    assert plant.kinds()[:6] == ["explore", "explore", "return", "confirm", "return", "commit"]
+    assert "no reason to switch" in plant.events[5][2]
+
+
+@pytest.mark.parametrize(
+    ("hot_s", "unknown_s", "why"),
+    [(800, 500, "while costs are unknown"), (250, 340, "no other count is tried for")],
+    ids=["before-the-change", "while-it-has-to-wait"],
+)
+def test_no_epoch_is_opened_on_costs_of_long_ago(hot_s, unknown_s, why):
+    """The room becomes hot, and costs unknown: what the champion cost before says nothing of what it costs now."""
+    state, events = initial_state(RULES), []
+    for window in range(1400):
+        temperature_c = 60.0 if window < hot_s else 68.0
+        seen = Observation(state.current, 1.0, None if unknown_s < window < 1200 else 0.95, temperature_c)
+        state, decision = policy.step(RULES, state, seen)
+        events += [(window, *decision[1:])] if decision.event in ("hold", "reopen") else []
+    (held_at, held, said), (opened_at, opened, _) = events[:2]
+    assert (held, opened) == ("hold", "reopen") and why in said and hot_s < held_at < hot_s + 200
+    assert opened_at == 1200 + RULES.least_windows - 1  # from what is known since
 
 
 def test_unknown_costs_end_in_what_it_began_with():
