@@ -22,6 +22,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("jaxchunk").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a page for what we say in a line
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # as Orbax has it do for a checkpoint that cannot be read
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training begins, which saves first
     device_memory.allocate_as_needed(os.environ)
     with reported_errors():

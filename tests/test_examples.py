@@ -57,3 +57,13 @@ def test_every_example_is_run_and_listed():
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert names == {"plain_pytrees.py", "flax_nnx.py", "equinox_module.py", "moe_mlp.py", "sharded.py"}
     assert all(f"({name})" in (EXAMPLES / "README.md").read_text() for name in names)
+
+
+def test_the_readmes_loss_is_what_it_says():
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (program,) = re.findall(r"## The loss alone\n\n```python\n(.*?)```", readme, re.DOTALL)
+    names = {}
+    exec(program, names)
+    gradient = names["gradients"]["embedding"]
+    assert f"# {names['value']:.2f}, and a {gradient.dtype} [V, D]" in program
+    assert gradient.shape == (names["V"], names["D"])

@@ -16,6 +16,7 @@ from jaxchunk.report.run_records import RunRecords
 _ELSEWHERE = ("out_dir", "overwrite", "resume", "cache_dir", "log")  # flags that say where to, not what is computed
 _NOT_THERE = Cell(UNKNOWN, "not recorded")
 
+_TITLE = "Training runs: "
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1400px; margin: 2em auto;
@@ -46,16 +47,18 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> Path:
 
     Args:
       runs: the runs, in the order of the columns.
-      path: the HTML file; one that is there is replaced.
+      path: the HTML file; a report that is there is replaced.
 
     Returns:
       `path`.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: it cannot be written, or something else is there.
     """
     page = html_page(runs)
     try:
+        if path.is_file() and _TITLE.encode() not in path.read_bytes():
+            raise InputError(f"--out {path} is there, and is no report of training runs: choose another name")
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from None
@@ -64,7 +67,7 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> Path:
 
 def html_page(runs: Sequence[RunRecords]) -> str:
     """The page as text."""
-    title = f"Training runs: {', '.join(run.label for run in runs)}"
+    title = ", ".join(run.label for run in runs)
     measured = {name: [quantity(run) for run in runs] for name, quantity in QUANTITIES.items()}
     unlike, alike, partial = _split(_configuration(runs))
     parts = [
@@ -85,7 +88,7 @@ def html_page(runs: Sequence[RunRecords]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{_TITLE}{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )

@@ -246,6 +246,16 @@ def test_what_cannot_be_used_is_named(tmp_path):
         write_report(read_runs([write_run(tmp_path / "run")]), tmp_path)
 
 
+def test_only_a_report_is_replaced(tmp_path):
+    runs, path = read_runs([write_run(tmp_path / "run")]), tmp_path / "report.html"
+    write_report(runs, path)
+    write_report(runs, path)
+    path.write_text("<title>My notes</title>")
+    with pytest.raises(InputError, match="is no report of training runs: choose another name"):
+        write_report(runs, path)
+    assert path.read_text() == "<title>My notes</title>"
+
+
 def test_a_loss_that_is_not_finite_is_a_gap(tmp_path):
     path = write_run(tmp_path / "run")
     lines = (path / "steps.jsonl").read_text().splitlines()
