@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -17,8 +18,10 @@ class StopRequest:
     one, which alone may handle signals, nothing changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hand_on: Callable[[int], None] | None = None):
+        """`hand_on` is called with the number of each signal, where the program is."""
         self.signal_name: str | None = None
+        self._hand_on = hand_on
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -40,5 +43,7 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._hand_on is not None:
+            self._hand_on(number)
         self.check()
         self.signal_name = signal.Signals(number).name

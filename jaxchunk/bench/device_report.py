@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 import tarfile
 import time
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxchunk.bench.child import run_child
 from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
 
@@ -121,17 +121,15 @@ def _run_stage(stage: Stage, path: Path) -> dict[str, Any]:
         begun = (path / stage.name / ".jaxchunk-run").exists()
         command += ["--out_dir", str(path / stage.name), *(["--continue"] if begun else [])]
     start_s = time.monotonic()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with (path / f"{stage.name}.log").open("w") as log, subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
-        try:
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                print(f"    {line}", end="", flush=True)
-        except KeyboardInterrupt:
-            process.wait()  # the stage had the Ctrl-C too, and keeps what it has
-            raise
-    return {"exit_status": process.returncode, "seconds": round(time.monotonic() - start_s, 1)}
+    with (path / f"{stage.name}.log").open("w") as log:
+
+        def show(line: str) -> None:
+            log.write(f"{line}\n")
+            log.flush()
+            print(f"    {line}", flush=True)
+
+        status = run_child(command, on_line=show)
+    return {"exit_status": status, "seconds": round(time.monotonic() - start_s, 1)}
 
 
 def _write_summary(path: Path, stages: Sequence[Stage], status: dict[str, Any]) -> Path:

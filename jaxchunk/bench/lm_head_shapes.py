@@ -7,12 +7,12 @@ does to the device's memory is gone before the next.
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxchunk import plotting
+from jaxchunk.bench.child import run_child
 from jaxchunk.bench.lm_head_summary import Row, table_of_shapes
 from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.measuring import harness
@@ -118,16 +118,7 @@ def report(path: Path) -> str:
 
 def _measure(shape: Shape, config: ShapesConfig, path: Path) -> int:
     """Runs the benchmark at a shape; returns its exit status."""
-    command = [sys.executable, str(_SCRIPT), *_flags(shape, config), "--out_dir", str(path / shape.name)]
-    with subprocess.Popen(command) as process:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # it had the Ctrl-C too, and keeps what it has
-            raise
-    if status == 130:  # Ctrl-C reached it first
-        raise KeyboardInterrupt
-    return status
+    return run_child([sys.executable, str(_SCRIPT), *_flags(shape, config), "--out_dir", str(path / shape.name)])
 
 
 def _flags(shape: Shape, config: ShapesConfig) -> list[str]:

@@ -120,23 +120,18 @@ def test_energy_that_is_not_known_has_no_panel(tmp_path):
 def test_what_every_shape_is_asked(tmp_path, monkeypatch, capsys):
     asked = []
 
-    class Process:
-        def __init__(self, command):
-            asked.append(command[2:])
-            self.status = 1 if "32" in command else 0
-            if self.status == 0:
-                write_run(tmp_path / "out" / "64x16x97", *ROWS)
+    def run_child(command):
+        asked.append(command[2:])
+        if "32" in command:
+            return 1
+        write_run(tmp_path / "out" / "64x16x97", *ROWS)
+        return 0
 
-        def __enter__(self):
-            return self
+    def interrupted(command):
+        asked.append(command[2:])
+        raise KeyboardInterrupt
 
-        def __exit__(self, *_):
-            pass
-
-        def wait(self):
-            return self.status
-
-    monkeypatch.setattr(lm_head_shapes.subprocess, "Popen", Process)
+    monkeypatch.setattr(lm_head_shapes, "run_child", run_child)
     config = ShapesConfig(shapes=("32x16x97:1,2", "64x16x97:1"), peers=("liger",), out_dir=str(tmp_path / "out"))
     with pytest.raises(RunFailedError, match=r"failed: 32x16x97; --continue --out_dir .*out tries again"):
         lm_head_shapes.run(config)
@@ -144,7 +139,7 @@ def test_what_every_shape_is_asked(tmp_path, monkeypatch, capsys):
     assert asked[0][-2:] == ["--out_dir", str(tmp_path / "out" / "32x16x97")]
     assert " ".join(asked[1]).find("--peers liger --out_dir") > 0 and "--continue" not in asked[1]
     assert "| 64x16x97 | QuACK 0.6.5 |" in capsys.readouterr().out
-    monkeypatch.setattr(Process, "wait", lambda self: 130)
+    monkeypatch.setattr(lm_head_shapes, "run_child", interrupted)
     flags = {"go_on": True, "implementations": ("xla",), "dtype": "bfloat16", "window_s": 2.0, "peers": ()}
     with pytest.raises(KeyboardInterrupt):
         lm_head_shapes.run(dataclasses.replace(config, shapes=("32x16x97:1",), **flags))

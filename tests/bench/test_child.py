@@ -1,0 +1,66 @@
+"""A program that runs another one: what becomes of it at Ctrl-C and SIGTERM."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxchunk.bench import child
+from jaxchunk.bench.child import run_child
+
+SLOW_TO_STOP = """
+import signal, time
+had = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: had.append(number))
+print("ready", flush=True)
+while not had:
+    time.sleep(0.01)
+time.sleep(0.2)
+print("kept what there is after", had, flush=True)
+"""
+
+
+def program(text):
+    return [sys.executable, "-c", text]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_handed_on_once_and_the_end_waited_for(number):
+    lines = []
+
+    def on_line(line):
+        lines.append(line)
+        if line == "ready":
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        run_child(program(SLOW_TO_STOP), on_line=on_line)
+    assert lines == ["ready", f"kept what there is after [{int(number)}]"]
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_before_there_is_a_child(monkeypatch):
+    started = []
+
+    def popen(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(child, "subprocess", type("subprocess", (), {"Popen": popen, "PIPE": -1, "STDOUT": -2}))
+    with pytest.raises(KeyboardInterrupt):
+        run_child(program("import time; time.sleep(60)"))
+    assert started[0].returncode == -signal.SIGTERM
+
+
+def test_status_and_lines():
+    lines = []
+    text = "import os; os.write(1, b'out\\n'); os.write(2, b'err\\n'); os.write(1, b'end'); raise SystemExit(3)"
+    assert run_child(program(text), on_line=lines.append) == 3
+    assert lines == ["out", "err", "end"]
+    assert run_child(program("")) == 0
+    with pytest.raises(KeyboardInterrupt):
+        run_child(program("raise SystemExit(130)"))
