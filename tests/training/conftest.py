@@ -1,6 +1,7 @@
 """A model and a text so small that a whole run takes a moment; what was compiled once serves all runs like it."""
 
 import dataclasses
+import gc
 
 import pytest
 
@@ -33,6 +34,13 @@ def figure(request, monkeypatch):
     """No figure, which takes as long as a run: tests with the marker `figure` have it drawn."""
     if request.node.get_closest_marker("figure") is None:
         monkeypatch.setattr(plotting, "plot_training", lambda run_path: run_path / "training.png")
+
+
+@pytest.fixture(scope="module")
+def no_coroutine_outlives_the_module():
+    """Where Orbax meets an error, coroutines stay that it never awaits: they are not ours to close."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

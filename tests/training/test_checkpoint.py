@@ -1,7 +1,6 @@
 """Saving and restoring one state: exactly, on other devices, with damage named and a full disk survived."""
 
 import dataclasses
-import gc
 import os
 import resource
 import shutil
@@ -22,14 +21,10 @@ from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.step import TrainState
 
 # Where Orbax meets an error, coroutines stay that it never awaits: they are not ours to close.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_coroutine_outlives_these_tests():
-    yield
-    gc.collect()
-
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("no_coroutine_outlives_the_module"),
+]
 
 ABOUT = {"config": {}, "batches": {"next_index": 7}}
 

@@ -25,8 +25,10 @@ from jaxchunk.training.checkpoint import Checkpoints, load_params, saved_steps
 from jaxchunk.training.mesh import Shards
 from jaxchunk.training.programs import compile_programs, compiler_options, must_loop
 
-# Where Orbax meets an error, coroutines stay that it never awaits: they are not ours to close.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("no_coroutine_outlives_the_module"),
+]
 
 
 @pytest.fixture
