@@ -2,11 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
@@ -18,14 +16,18 @@ class StopRequest:
     one, which alone may handle signals, nothing changes.
     """
 
-    def __init__(self, hand_on: Callable[[int], None] | None = None):
-        """`hand_on` is called with the number of each signal, where the program is."""
+    def __init__(
+        self,
+        hand_on: Callable[[signal.Signals], None] | None = None,
+        signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+    ):
+        """With `hand_on` every one of the `signals` is given to that, where the program is, and none raises."""
         self.signal_name: str | None = None
-        self._hand_on = hand_on
+        self._hand_on, self._signals = hand_on, signals
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        for number in self._signals if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._ask)
         return self
@@ -43,7 +45,8 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._hand_on is not None:
-            self._hand_on(number)
-        self.check()
+        if self._hand_on is None:
+            self.check()
+        else:
+            self._hand_on(signal.Signals(number))
         self.signal_name = signal.Signals(number).name

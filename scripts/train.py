@@ -22,7 +22,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("jaxchunk").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a page for what we say in a line
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # as Orbax has it do for a checkpoint that cannot be read
+    # Of a checkpoint that cannot be read asyncio logs Orbax's traceback, array by array; we say it in a line.
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training begins, which saves first
     device_memory.allocate_as_needed(os.environ)
     with reported_errors():

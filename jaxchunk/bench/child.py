@@ -1,5 +1,6 @@
 """A program run as part of another one, which stops when that is told to."""
 
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 
@@ -9,8 +10,9 @@ from jaxchunk.stop import StopRequest
 def run_child(command: Sequence[str], *, on_line: Callable[[str], None] | None = None) -> int:
     """Runs a program to its end.
 
-    It has a session of its own, so that Ctrl-C at a terminal reaches it once: Ctrl-C and SIGTERM are handed on, and
-    what it then does (keep what it has, report) is waited for.
+    It has a session of its own, so that what a terminal sends reaches it once: Ctrl-C is handed on as such, SIGTERM,
+    SIGQUIT and SIGHUP as SIGTERM, and what it then does (keep what it has, report) is waited for. At the third it is
+    killed. Ctrl-Z stops this program alone.
 
     Args:
       command: program and arguments.
@@ -24,13 +26,20 @@ def run_child(command: Sequence[str], *, on_line: Callable[[str], None] | None =
       KeyboardInterrupt: after its end, where this program was told to stop meanwhile, or it says (130) that it was.
     """
     process: subprocess.Popen[str] | None = None
+    handed_on = 0
 
-    def hand_on(number: int) -> None:
-        if process is not None:
-            process.send_signal(number)
+    def hand_on(number: signal.Signals) -> None:
+        nonlocal handed_on
+        if process is None:
+            return
+        handed_on += 1
+        if handed_on > 2:
+            process.kill()
+        else:
+            process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
 
     pipe = None if on_line is None else subprocess.PIPE
-    with StopRequest(hand_on) as stop:
+    with StopRequest(hand_on, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)) as stop:
         process = subprocess.Popen(
             command, stdout=pipe, stderr=pipe and subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -41,6 +50,7 @@ def run_child(command: Sequence[str], *, on_line: Callable[[str], None] | None =
                 for line in process.stdout:
                     on_line(line.removesuffix("\n"))
             status = process.wait()
-    if status == 130 or stop.signal_name is not None:
+    if status == 130:
         raise KeyboardInterrupt
+    stop.check()
     return status

@@ -136,7 +136,7 @@ def run(benchmark: Benchmark) -> RunDirectory:
     Raises:
       InputError: the directory cannot be used, the run in it is another one, or the device's memory is too small.
       KeyboardInterrupt: after a run that Ctrl-C or SIGTERM ended was reported on; the first lets a running window's
-        calls come to their end.
+        calls, or a peer's process that is being started, come to their end.
     """
     config = benchmark.config
     path = config.out_dir or new_run_path(benchmark.name)
@@ -160,6 +160,7 @@ def run(benchmark: Benchmark) -> RunDirectory:
             f"--continue --out_dir {directory.path}"
         )
         raise KeyboardInterrupt
+    stop.check()  # it came when the last window had begun
     return directory
 
 

@@ -57,7 +57,7 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> Path:
     """
     page = html_page(runs)
     try:
-        if path.is_file() and _TITLE.encode() not in path.read_bytes():
+        if path.is_file() and path.stat().st_size and f"<title>{_TITLE}".encode() not in path.read_bytes():
             raise InputError(f"--out {path} is there, and is no report of training runs: choose another name")
         path.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -21,6 +21,7 @@ from jaxchunk.errors import InputError
 from jaxchunk.lm_head import Head, choose_implementation, lm_head_loss
 from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.measuring.statistics import interval_of
+from jaxchunk.stop import StopRequest
 from jaxchunk.telemetry import AnyMonitor, Monitor, open_monitor
 from jaxchunk.tuning import choice_cache, contest
 from jaxchunk.tuning.candidates import candidate_counts
@@ -158,6 +159,7 @@ def choose_num_chunks(
 
     Raises:
       InputError: no candidate fits in the memory budget, none compiles, or there is no source of energy.
+      KeyboardInterrupt: Ctrl-C or SIGTERM came while it was measuring; nothing is kept.
     """
     _check(objective, candidates, memory_budget_bytes, budget_s, options)
     shapes = Shapes(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (hidden, weight)))
@@ -224,8 +226,11 @@ def _measure(
         return only, "the only candidate", (Candidate(only, memory[only], 0, None, None, None),), 0.0
     _logger.info("measuring %s chunks for at most %.0f s ...", ", ".join(map(str, programs)), budget_s)
     rules, variants = Rules(), {n: program.variant for n, program in programs.items()}
-    with monitor:
-        held = contest.hold(variants, monitor, objective, budget_s=budget_s, rules=rules, say=_logger.info)
+    with StopRequest() as stop, monitor:
+        held = contest.hold(
+            variants, monitor, objective, budget_s=budget_s, rules=rules, say=_logger.info, check=stop.check
+        )
+    stop.check()
     if held is None:
         raise InputError(
             f"objective {objective!r}: the energy of no window is known "

@@ -44,6 +44,7 @@ def hold(
     rules: Rules,
     seed: int = 0,
     say: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
 ) -> Contest | None:
     """Measures all candidates in rounds, in an order shuffled anew each time, by the benchmarks' protocol.
 
@@ -55,13 +56,14 @@ def hold(
       rules: of the race.
       seed: of the order.
       say: takes a line about the progress.
+      check: called before every call of a variant; what it raises ends this.
 
     Returns:
       The contest; None where the objective was not known in any window.
     """
     began_s = monitor.now()
     deadline_s = began_s + budget_s
-    protocol, conditions = _prepare(variants, monitor, objective, budget_s, seed)
+    protocol, conditions = _prepare(variants, monitor, objective, budget_s, seed, check)
     names = {variant.name: n for n, variant in variants.items()}
     log_costs: dict[int, dict[int, float]] = {n: {} for n in variants}
     measurements: list[Measurement] = []
@@ -73,6 +75,7 @@ def hold(
             monitor,
             dataclasses.replace(protocol, seed=seed * _MOST_ROUNDS + round_),
             conditions,
+            check=check,
         )
         while monitor.now() + longest_s < deadline_s or not measurements:
             start_s = monitor.now()
@@ -101,7 +104,12 @@ def hold(
 
 
 def _prepare(
-    variants: Mapping[int, Variant], monitor: AnyMonitor, objective: Objective, budget_s: float, seed: int
+    variants: Mapping[int, Variant],
+    monitor: AnyMonitor,
+    objective: Objective,
+    budget_s: float,
+    seed: int,
+    check: Callable[[], None],
 ) -> tuple[Protocol, Conditions]:
     """Counts the calls of a window and brings the device to its working temperature.
 
@@ -117,10 +125,11 @@ def _prepare(
         seed=seed,
     )
     heat_until_s = monitor.now() + _HEATING_SHARE * budget_s
-    conditions = settle(list(variants.values()), monitor, protocol)
+    conditions = settle(list(variants.values()), monitor, protocol, check=check)
     for variant in itertools.cycle(variants.values()):
         if monitor.now() >= heat_until_s:
             break
+        check()
         jax.block_until_ready(variant.call())
     warmup_calls = math.ceil(_WARMUP_SHARE * min(conditions.calls.values()))
     return dataclasses.replace(protocol, warmup_calls=warmup_calls), conditions

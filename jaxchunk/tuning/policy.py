@@ -90,7 +90,7 @@ class State:
       phase: of the visit to `current`.
       phase_s: seconds in it.
       settled_c: the temperature a thermal constant ago, to see whether it still moves.
-      windows: signals of the visit's windows, and when on `clock_s` each was over; while committed the latest known.
+      windows: signals of the visit's windows, and when on `clock_s` each was over; while committed the latest.
       seen: windows of the visit, unknown ones too.
       clock_s: seconds that all windows together took, of other counts too.
       visits: those of this epoch that are over, in order; the first is of the champion.
@@ -360,6 +360,7 @@ def _watch(rules: Rules, state: State, seen: Observation) -> tuple[State, Decisi
     state = dataclasses.replace(state, windows=_latest(rules, (*state.windows, _signals(state, seen))))
     if state.drifted and _can_open(rules, state):
         return _open_epoch(state, f"the regime had changed ({', '.join(state.drifted)})")
+    state = _with_level_of_cost(rules, state)
     level, evidence, alarms = dict(state.level), dict(state.evidence), []
     for name, value in seen.signals().items():
         if name in level:
@@ -369,6 +370,16 @@ def _watch(rules: Rules, state: State, seen: Observation) -> tuple[State, Decisi
         return dataclasses.replace(state, evidence=tuple(evidence.items())), Decision(state.current)
     state = dataclasses.replace(_visit(state, state.current), drifted=tuple(alarms))
     return state, Decision(state.current, "drift", f"{' and '.join(alarms)} drifted: waiting for a new level")
+
+
+def _with_level_of_cost(rules: Rules, state: State) -> State:
+    """Where costs were unknown when the level was taken: theirs, as soon as they are known."""
+    costs = _visit_to_date(state).costs
+    if "cost" in dict(state.level) or len(costs) < rules.most_windows:
+        return state
+    usual = ("cost", drift.baseline(costs, SIGNALS["cost"].least_std))
+    reference = state.reference if "cost" in dict(state.reference) else (*state.reference, usual)
+    return dataclasses.replace(state, level=(*state.level, usual), reference=reference)
 
 
 def _can_open(rules: Rules, state: State) -> bool:

@@ -10,14 +10,16 @@ from jaxchunk.bench import child
 from jaxchunk.bench.child import run_child
 
 SLOW_TO_STOP = """
-import signal, time
+import os, signal, time
+assert os.getsid(0) == os.getpid()  # or a terminal's Ctrl-C would reach it twice
 had = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: had.append(number))
 print("ready", flush=True)
 while not had:
     time.sleep(0.01)
-time.sleep(0.2)
+print("reporting", flush=True)
+time.sleep(1.0)
 print("kept what there is after", had, flush=True)
 """
 
@@ -26,20 +28,34 @@ def program(text):
     return [sys.executable, "-c", text]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_handed_on_once_and_the_end_waited_for(number):
-    lines = []
+@pytest.mark.parametrize(
+    ("sent", "had"),
+    [
+        ([signal.SIGINT], "[2]"),
+        ([signal.SIGTERM], "[15]"),
+        ([signal.SIGHUP], "[15]"),
+        ([signal.SIGQUIT], "[15]"),
+        ([signal.SIGINT, signal.SIGINT], "[2, 2]"),
+        ([signal.SIGINT, signal.SIGTERM, signal.SIGTERM], None),
+    ],
+    ids=["int", "term", "hup", "quit", "twice", "thrice"],
+)
+def test_signals_are_handed_on_and_the_end_waited_for(sent, had):
+    lines, waiting = [], list(sent)
+    before = {number: signal.getsignal(number) for number in sent}
 
     def on_line(line):
         lines.append(line)
         if line == "ready":
-            signal.raise_signal(number)
+            signal.raise_signal(waiting.pop(0))
+        while line == "reporting" and waiting:
+            signal.raise_signal(waiting.pop(0))
 
-    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         run_child(program(SLOW_TO_STOP), on_line=on_line)
-    assert lines == ["ready", f"kept what there is after [{int(number)}]"]
-    assert signal.getsignal(number) == before
+    kept = [] if had is None else [f"kept what there is after {had}"]  # the third kills
+    assert lines == ["ready", "reporting", *kept]
+    assert {number: signal.getsignal(number) for number in sent} == before
 
 
 def test_a_signal_before_there_is_a_child(monkeypatch):

@@ -95,6 +95,15 @@ def test_a_stop_waits_for_what_python_is_in_the_middle_of(tmp_path, monkeypatch,
     assert not any(thread.is_alive() for thread in started)
 
 
+def test_a_stop_in_the_last_window_is_not_forgotten(tmp_path):
+    path, reports, work = tmp_path / "run", [], Work()
+    harness.run(benchmark(path, work, reports=reports))
+    calls, path = work.calls, tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(benchmark(path, Work(calls), reports=reports))
+    assert reports == [6, 6]
+
+
 def test_a_second_stop_does_not_wait(tmp_path):
     class Slow(Work):
         def _call(self):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,21 @@ def test_a_damaged_or_foreign_file_is_ignored_with_a_word(choose, tmp_path, capl
     assert not choose().cached
     assert said in caplog.text
     assert choose().cached
+
+
+def test_a_stop_ends_it_between_two_calls_and_keeps_nothing(choose, tmp_path, monkeypatch):
+    measure, before, after = contest.measure, signal.getsignal(signal.SIGINT), []
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        after.append("here")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(contest, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        choose()
+    assert after == ["here"] and not (tmp_path / "chunk-choices").exists()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_memory_budget_drops_candidates_or_is_refused(choose, caplog):

@@ -269,6 +269,17 @@ def test_no_epoch_is_opened_on_costs_of_long_ago(hot_s, unknown_s, why):
     assert opened_at == 1200 + RULES.least_windows - 1  # from what is known since
 
 
+def test_costs_that_become_known_late_are_watched_from_then_on():
+    state, events = initial_state(RULES), []
+    for window in range(4000):
+        cost = None if window < 1000 else 1.0 if window < 2000 else 1.2
+        state, decision = policy.step(RULES, state, Observation(state.current, 1.0, cost, 60.0))
+        events += [(window, decision.event, decision.reason)] if decision.event and window >= 1000 else []
+    drift, reopen = events[:2]
+    assert drift[1] == "drift" and 2000 < drift[0] < 2040 and "cost drifted" in drift[2]
+    assert reopen[1] == "reopen" and "(cost +20.0%)" in reopen[2]
+
+
 def test_unknown_costs_end_in_what_it_began_with():
     state = initial_state(RULES)
     for _ in range(3000):
