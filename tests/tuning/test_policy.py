@@ -348,6 +348,27 @@ def test_whatever_the_plant_does_switches_are_bounded_and_never_go_back_and_fort
             tried.append(challenger)
 
 
+@settings(max_examples=8, deadline=None)
+@given(counts, st.integers(0, 10**6), st.floats(0.0, 0.95))
+def test_whatever_is_unknown_no_epoch_opens_without_a_champion_that_is_known(candidates, seed, unknown):
+    """Costs come and go, levels jump, windows are of any length, the run is killed and gone on with."""
+    random, rules = np.random.default_rng(seed), Rules(tuple(candidates), thermal_constant_s=20.0)
+    state, level, temperature_c, blind = initial_state(rules), 1.0, 60.0, False
+    for _ in range(1500):
+        if random.random() < 0.005:
+            level, temperature_c, blind = level * random.uniform(0.8, 1.25), random.uniform(40, 90), not blind
+        cost = None if blind or random.random() < unknown else level * math.exp(random.normal(0.0, 0.003))
+        seen = Observation(state.current, rules.window_s * random.uniform(0.5, 3.0), cost, temperature_c)
+        state, decision = policy.step(rules, state, seen)
+        assert decision.num_chunks == state.current in rules.candidates
+        assert len(state.windows) <= 6 * rules.most_windows
+        if decision.event == "reopen":
+            (champion,) = state.visits
+            assert rules.least_windows <= len(champion.costs) <= rules.most_windows
+        if random.random() < 0.002:
+            state = policy.resumed(state_from_json(json.loads(json.dumps(dataclasses.asdict(state)))))
+
+
 @pytest.mark.parametrize(("seed", "visits"), [(1, 0.006), (3, 0.02)])
 def test_counts_that_only_seem_to_differ_are_not_chased(seed, visits):
     """All cost the same, but no two visits do (a brake that cycles as it happens to); the level changes now and then.
