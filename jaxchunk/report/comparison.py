@@ -89,8 +89,10 @@ def _throttle(run: RunRecords) -> Cell:
     seconds = run.summary.get("throttle_s")
     if seconds is None:
         return _not_measured(run, "throttle_s")
-    total_s = run.summary["training_time_s"]
-    parts = [f"{reason} {s:.1f} ({s / total_s:.0%} of {total_s:.1f})" for reason, s in seconds.items() if s]
+    gpus = max((record.num_devices for record in run.steps), default=1)
+    training_s = run.summary["training_time_s"]
+    total = f"{training_s:.1f}" if gpus == 1 else f"{gpus} x {training_s:.1f}"
+    parts = [f"{reason} {s:.1f} ({s / (gpus * training_s):.0%} of {total})" for reason, s in seconds.items() if s]
     missing = [reason for reason in THROTTLE_REASONS if reason not in seconds]
     note = f"not reported by the device: {', '.join(missing)}" if missing else None
     return Cell(", ".join(parts) or "0 for every reason", note)

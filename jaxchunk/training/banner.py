@@ -49,7 +49,8 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         )
         + f", remat {config.remat}"
         + (f", MLP in {config.mlp_chunks} chunks" if config.mlp_chunks > 1 else ""),
-        "memory": programs.memory_plan.describe(),
+        "memory": programs.memory_plan.describe()
+        + (" (the count that needs most)" if len(plan.train_steps) > 1 else ""),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
         "compiled in": _compile_times(programs),
         "checkpoints": _checkpoints(config) + _resumed(plan, history),

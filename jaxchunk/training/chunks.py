@@ -119,7 +119,8 @@ def compile_arms(
             continue
         steps[count] = compiled.train_step
         times = {f"{count} chunk(s)": sum_of(list(compiled.compile_times.values()))}
-        programs = programs._replace(compile_times=programs.compile_times | times)
+        largest = max(programs.memory_plan, compiled.memory_plan, key=lambda plan: plan.memory.total_bytes)
+        programs = programs._replace(compile_times=programs.compile_times | times, memory_plan=largest)
     return programs, dict(sorted(steps.items()))
 
 
@@ -189,7 +190,7 @@ class AdaptiveChunks(Chunks):
                 record.time_s,
                 record.sm_clock_mhz,
                 record.temperature_c,
-                None if record.throttle is None else sum(record.throttle.values()),
+                None if record.throttle is None else sum(record.throttle.values()) / record.num_devices,
             )
         )
 

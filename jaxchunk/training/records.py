@@ -54,9 +54,15 @@ class StepRecord:
         metrics = {name: math.nan for name in ("loss", "grad_norm", "lr") if record[name] is None}
         return cls(**record | metrics)
 
+    @property
+    def num_devices(self) -> int:
+        """How many GPUs joules, watts and throttle seconds are sums over."""
+        return max(1, len(self.devices or ()))
+
     def line(self, total_steps: int) -> str:
-        """One line for people."""
-        throttled = {reason: s for reason, s in (self.throttle or {}).items() if s > 0.01 * self.step_time_s}
+        """One line for people; what is throttled is a share of the time, of several GPUs the mean of theirs."""
+        device_s = self.step_time_s * self.num_devices
+        throttled = {reason: s / device_s for reason, s in (self.throttle or {}).items() if s > 0.01 * device_s}
         parts = [
             f"step {self.step:>{len(str(total_steps))}}/{total_steps}",
             f"loss {self.loss:.4f}",
@@ -69,7 +75,7 @@ class StepRecord:
             None if self.energy_per_token_j is None else f"{self.energy_per_token_j * 1e3:.3g} mJ/token",
             None if self.sm_clock_mhz is None else f"{self.sm_clock_mhz:.0f} MHz",
             None if self.temperature_c is None else f"{self.temperature_c:.0f} C",
-            *(f"{reason} {seconds / self.step_time_s:.0%}" for reason, seconds in throttled.items()),
+            *(f"{reason} {share:.0%}" for reason, share in throttled.items()),
         ]
         return "  ".join(part for part in parts if part)
 

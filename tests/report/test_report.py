@@ -168,6 +168,16 @@ def test_several_gpus_have_the_mean_power_of_their_steps():
     }
 
 
+def test_several_gpus_are_throttled_for_a_share_of_the_time_of_all(tmp_path):
+    path = write_run(tmp_path / "two", count=2, stretched=0, finished=False)
+    lines = [
+        json.loads(line) | {"devices": {"0": {}, "1": {}}} for line in (path / "steps.jsonl").read_text().splitlines()
+    ]
+    (path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = Page(html_page(read_runs([path]))).row("throttled, s, by reason")
+    assert row == ["sw_power_cap 0.5 (25% of 2 x 1.0)"]
+
+
 def test_runs_that_got_nowhere_are_shown(tmp_path):
     before_validation = write_run(tmp_path / "early", count=2, stretched=0, finished=False)
     nothing = write_run(tmp_path / "nothing", count=1, stretched=0, finished=False)

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from jaxchunk.compilation import CompileTime
+from jaxchunk.device_memory import ProgramMemory
 from jaxchunk.errors import InputError
 from jaxchunk.plotting import plot_training
 from jaxchunk.run_dir import RunDirectory, read_json_lines
 from jaxchunk.training import checkpoint, chunks, loop, plan, step
 from jaxchunk.training.checkpoint import load_params
 from jaxchunk.training.config import TrainConfig, validate
+from jaxchunk.training.memory import MemoryPlan
+from jaxchunk.training.programs import Programs
 from jaxchunk.tuning import ChunkChoice
 from jaxchunk.tuning.controller import Controller
 
@@ -48,6 +52,16 @@ def test_auto_is_settled_before_training_and_kept_by_a_run_that_goes_on(auto, mo
 
     monkeypatch.setattr(chunks, "choose_num_chunks", not_again)
     loop.train(dataclasses.replace(auto, resume=True))
+
+
+def test_an_adaptive_run_needs_the_memory_of_the_candidate_that_needs_most(adaptive):
+    def compile_with(arm):
+        memory = ProgramMemory(operand_bytes=1, temporary_bytes=16 // arm.lmhead_chunks)
+        times = {"train_step": CompileTime(1.0, 1.0, from_cache=False)}
+        return Programs(None, None, None, None, MemoryPlan(4, memory, None), times, None)
+
+    programs, steps = chunks.compile_arms(adaptive, compile_with)
+    assert list(steps) == [1, 4] and programs.memory_plan.memory.total_bytes == 17
 
 
 def decisions(config):

@@ -19,6 +19,7 @@ from jaxchunk.training import loop
 from jaxchunk.training.checkpoint import saved_steps
 from jaxchunk.training.energy_sum import add_up
 from jaxchunk.training.processes import Processes, join
+from jaxchunk.training.records import step_record
 
 PROGRAM = Path(__file__).with_name("train_with_devices.py")
 
@@ -161,6 +162,11 @@ def test_joules_of_all_processes_are_added_up():
     total = add_up(processes, "step 1", window(10.0), timeout_s=None)
     assert (total.energy_j, total.energy_bound_j, total.throttle) == (40.0, 2.0, {"sw_power_cap": 1.0})
     assert [part.energy_j for part in total.parts] == [10.0, 30.0]
+    numbers = {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0}
+    record = step_record(
+        1, numbers, total, clock_zero_s=0.0, tokens=8, flops_per_token=1.0, peak_flops=None, lmhead_chunks=1
+    )
+    assert record.num_devices == 2 and record.line(1).endswith("sw_power_cap 25%")
     processes.told["step 2"] = dataclasses.asdict(window(None, "no counter"))
     total = add_up(processes, "step 2", window(10.0), timeout_s=None)
     assert (total.energy_j, total.energy_null_reason) == (None, "device 1: no counter")
