@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.monitoring
 
+from jaxchunk.stop import StopRequest
+
 _HIT = "/jax/compilation_cache/cache_hits"
 _MOST_BYTES = 4 * 10**9  # a training step has some 10 MB
 _LEAST_COMPILE_S = 0.5  # what compiles faster is not worth a file, unless the user says so in JAX's own variable
@@ -73,12 +75,20 @@ def program_cache() -> str | None:
 def compile_timed(
     function: jax.stages.Wrapped, *arguments: object, options: dict[str, str | bool] | None = None
 ) -> tuple[jax.stages.Compiled, CompileTime]:
-    """Lowers and compiles a jitted function for arguments, arrays or their shapes; says how long that took."""
+    """Lowers and compiles a jitted function for arguments, arrays or their shapes; says how long that took.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C or SIGTERM came meanwhile. It is raised between the two or after them: raised within,
+        it has JAX 0.10 end the process with a segmentation fault.
+    """
     start_s, hits = time.perf_counter(), _hits_here()
-    lowered = function.lower(*arguments)
-    lowered_s = time.perf_counter()
-    program = lowered.compile(options)
-    compiled_s = time.perf_counter()
+    with StopRequest() as stop:
+        lowered = function.lower(*arguments)
+        lowered_s = time.perf_counter()
+        stop.check()
+        program = lowered.compile(options)
+        compiled_s = time.perf_counter()
+        stop.check()
     return program, CompileTime(lowered_s - start_s, compiled_s - lowered_s, _hits_here() > hits)
 
 

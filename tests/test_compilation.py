@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,17 @@ def test_times_of_a_program():
     assert program(jnp.ones(3)).tolist() == [2.0, 2.0, 2.0]
     assert time.lower_s > 0 and time.compile_s > 0 and not time.from_cache
     assert sum_of([time, CompileTime(1.0, 2.0, True)]).total_s == pytest.approx(time.total_s + 3.0)
+
+
+def test_an_interrupt_waits_for_the_end_of_lowering():
+    reached = []
+
+    def interrupted_while_traced(x):
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(2 * x)
+        return reached[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_timed(jax.jit(interrupted_while_traced), jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
