@@ -1,6 +1,6 @@
 """Measures what running in chunks does on this device: the paper's microbenchmark, with controls and a verdict.
 
-`python scripts/microbench.py` takes the paper's shape on a GPU (ten minutes on an H200, hours where a call takes a
+`python scripts/microbench.py` takes the paper's shape on a GPU (seven minutes on an H200, hours where a call takes a
 second) and a small one on a CPU (a minute). `--quick` takes two minutes. An interrupted run goes on with
 `--continue --out_dir DIR`.
 """

@@ -96,7 +96,7 @@ def read_corpus(path: Path | str) -> Corpus:
         ) from None
     except OSError as error:
         raise InputError(
-            f"cannot read {path}: {error.strerror or error}; give a text file, a directory or a .bin file"
+            f"cannot read {path}: {error.strerror or error}; give a text file, a directory, a .bin or a .jsonl file"
         ) from None
     if not text.strip():
         raise InputError(f"{path} is empty: give a file with text in it")

@@ -118,7 +118,7 @@ def _all_rows(dataset: Dataset, seq_len: int) -> Rows:
 def _split_examples(examples: Examples, description: str, seq_len: int, validation_fraction: float) -> Split:
     count = len(examples)
     if count < 2:
-        raise InputError(f"{description} has one example: it takes one to train on and one to validate on")
+        raise InputError(f"{description}: give at least two, one to train on and one to validate on")
     order = np.random.default_rng(0).permutation(count)  # whatever the run's seed, so that runs can be compared
     num_held_out = int(np.clip(round(count * validation_fraction), 1, count - 1))
     held_out, train = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])

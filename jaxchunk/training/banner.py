@@ -158,7 +158,7 @@ def describe_summary(summary: dict[str, Any], figure: Path) -> str:
     return "\n".join(
         [
             f"{summary['steps']} steps in {summary['training_time_s']:.1f} s: {summary['tokens_per_s_median']:,.0f} "
-            f"tokens/s (median), training loss {summary['final_train_loss']:.4f}{validation}",
+            f"tokens/s (median), training loss (last 10) {summary['final_train_loss']:.4f}{validation}",
             energy,
             f"figure: {figure}",
         ]

@@ -44,8 +44,8 @@ class TrainConfig:
     chunk_objective: Literal["time", "energy", "edp"] = "time"
     """What auto and adaptive minimise: time, energy, or edp (energy times time)."""
     chunk_candidates: tuple[int, ...] = ()
-    """Chunk counts that auto and adaptive choose from. Default: powers of two (and for auto counts between them) that
-    leave enough rows in a chunk."""
+    """Chunk counts that auto and adaptive choose from. Default: for auto powers of two and counts between them that
+    leave enough rows in a chunk; for adaptive 1, 4 and 16."""
     chunk_memory_gb: float | None = None
     """Most memory for the LM head's temporaries that auto may choose, GB. Default: what the rest of the step leaves."""
     chunk_budget_s: float | None = None
