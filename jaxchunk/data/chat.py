@@ -134,7 +134,7 @@ def load_template(tokenizer_path: Path, tokenizer: tokenizers.Tokenizer) -> Chat
         raise InputError(
             f"messages need a chat template, and beside the tokenizer {tokenizer_path} there is none; nor can it be "
             f"ChatML, since the tokenizer lacks {' or '.join(CHATML_MARKERS)}: give one with a chat_template in its "
-            "tokenizer_config.json, or data as prompts and completions"
+            "tokenizer_config.json; prompts and completions need none, nor does generate.py without --chat"
         )
     return ChatTemplate(CHATML, "ChatML")
 
