@@ -1,9 +1,8 @@
 """Our LM head beside Liger, cut-cross-entropy, QuACK and PyTorch, at the head shapes of three models.
 
 `python scripts/bench_peers.py` runs bench_lm_head.py at every shape with what can be imported here: `pip install torch
-liger-kernel cut-cross-entropy quack-kernels`. The
-shapes are for a GPU: the first takes tens of GB. One table and one figure hold all shapes. An interrupted run goes on
-with `--continue --out_dir DIR`.
+liger-kernel cut-cross-entropy quack-kernels`. The default shapes are for a GPU with 100 GB. One table and one figure
+hold all shapes. An interrupted run goes on with `--continue --out_dir DIR`.
 """
 
 import logging

@@ -18,6 +18,7 @@ from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.measuring import harness
 from jaxchunk.measuring.harness import BenchConfig
 from jaxchunk.run_dir import RunDirectory, new_run_path
+from jaxchunk.telemetry import all_devices
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_lm_head.py"
 _PATTERN = re.compile(r"(\d+)x(\d+)x(\d+):(\d+(?:,\d+)*)")
@@ -81,6 +82,10 @@ def run(config: ShapesConfig) -> Path:
     shapes = [parse_shape(text) for text in config.shapes]
     if not shapes or len({shape.name for shape in shapes}) < len(shapes):
         raise InputError(f"--shapes is {' '.join(config.shapes)}; give each shape once, with all of its chunk counts")
+    if config.shapes == ShapesConfig.shapes and not all_devices():
+        raise InputError(
+            "the default --shapes take tens of GB, and NVML lists no GPU here; give others, such as 512x64x1024:1,2"
+        )
     path = config.out_dir or new_run_path("lm-head-shapes")
     failed: list[str] = []
     with RunDirectory(path, overwrite=config.overwrite, go_on=config.go_on) as directory:

@@ -56,7 +56,7 @@ def sentences(measurements: Sequence[Measurement], rows: Sequence[Row]) -> list[
 
 
 def _verdict(chunks: int, blind: Interval) -> str:
-    interval = f"{1 - blind.high:+.2%} to {1 - blind.low:+.2%} of the time saved"
+    interval = f"{blind.low - 1:+.2%} to {blind.high - 1:+.2%} of its time"
     if blind.high < 1:
         return f"the best count, {chunks}, is faster than one chunk ({interval})"
     if blind.low > 1:

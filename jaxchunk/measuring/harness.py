@@ -143,6 +143,8 @@ def run(benchmark: Benchmark) -> RunDirectory:
     directory = RunDirectory(path, overwrite=config.overwrite, go_on=config.go_on)
     if directory.goes_on:
         _check_same(directory, benchmark)
+    elif config.go_on:
+        print(f"{path} holds no run to go on with: a new one begins", flush=True)
     with memory_errors():
         variants = benchmark.variants()
     with directory:

@@ -67,6 +67,13 @@ def test_a_shape_is_given_once():
         lm_head_shapes.run(ShapesConfig(shapes=("1x2x3:4", "1x2x3:5")))
 
 
+def test_the_default_shapes_are_not_begun_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(lm_head_shapes, "all_devices", list)
+    with pytest.raises(InputError, match=r"the default --shapes take tens of GB, and NVML lists no GPU here"):
+        lm_head_shapes.run(ShapesConfig(out_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_table_and_one_figure(tmp_path):
     write_run(tmp_path / "64x16x97", *ROWS)
     write_run(tmp_path / "32x16x96", *ROWS[:2], vocab=96)

@@ -145,8 +145,8 @@ def test_rows_are_compared_with_one_chunk_of_their_length():
     assert rows[4]["tokens_per_s"]["median"] == pytest.approx(2 * 1024 / 0.98, rel=1e-3)
     assert rows[4]["power_ripple_ratio"]["median"] == 0.25
     said = sentences(measurements, rows)
-    assert said[0].startswith("512 tokens: no count is faster than one chunk; the best, 4, is slower (-20.00% to ")
-    assert said[1].startswith("1024 tokens: the best count, 4, is faster than one chunk (+2.00% to ")
+    assert said[0].startswith("512 tokens: no count is faster than one chunk; the best, 4, is slower (+20.00% to ")
+    assert said[1].startswith("1024 tokens: the best count, 4, is faster than one chunk (-2.00% to ")
     assert "not measured here" in said[-1] and "| 1024 | theirs 1.0 | 2000" in table(rows)
 
 

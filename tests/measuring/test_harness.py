@@ -160,6 +160,11 @@ def test_another_kind_of_device_is_another_run(tmp_path):
         harness.run(benchmark(path, Work(), go_on=True))
 
 
+def test_a_run_that_is_not_there_is_begun_with_a_word(tmp_path, capsys):
+    harness.run(benchmark(tmp_path / "run", Work(), go_on=True))
+    assert f"{tmp_path / 'run'} holds no run to go on with: a new one begins" in capsys.readouterr().out
+
+
 def test_what_changed_since_the_run_was_begun_is_warned_of(tmp_path, caplog):
     path = tmp_path / "run"
     harness.run(benchmark(path, Work()))
