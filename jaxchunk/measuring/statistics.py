@@ -8,6 +8,8 @@ import numpy as np
 
 from jaxchunk.measuring.protocol import Measurement
 
+_RESAMPLES = 2000
+
 
 class Interval(NamedTuple):
     """A median and its 95% bootstrap interval."""
@@ -28,13 +30,13 @@ class Interval(NamedTuple):
         return f"{median}{unit} ({low} to {high})" if is_known else f"{median}{unit}"
 
 
-def bootstrap_median(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap_median(values: Sequence[float]) -> Interval:
     """Median of the values with the percentile bootstrap's 95% interval (Efron, 1979).
 
     Of five values it is about their range, which holds the true median in 94% of cases; fewer say less.
     """
     data = np.asarray(values, float)
-    picks = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
+    picks = np.random.default_rng(0).integers(0, len(data), (_RESAMPLES, len(data)))
     low, high = np.percentile(np.median(data[picks], axis=1), [2.5, 97.5])
     return Interval(float(np.median(data)), float(low), float(high))
 
