@@ -174,7 +174,7 @@ def _row(shape: Shape, choice: ChunkChoice, measurements: Sequence[Measurement])
     names = {
         n: name
         for n in (c.num_chunks for c in choice.candidates)
-        if interval_of(measurements, name := _name(choice, n), quantity) is not None
+        if interval_of(measurements, name := lm_head.variant_name(choice.implementation, n), quantity) is not None
     }
     known = {n: interval_of(measurements, name, quantity) for n, name in names.items()}
     if choice.num_chunks not in known:
@@ -193,10 +193,6 @@ def _row(shape: Shape, choice: ChunkChoice, measurements: Sequence[Measurement])
         "sweep_over_best": {str(n): as_dict(interval) for n, interval in over_best.items()},
         "chosen_over_best": as_dict(over_best[choice.num_chunks]),
     }
-
-
-def _name(choice: ChunkChoice, num_chunks: int) -> str:
-    return f"{choice.implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

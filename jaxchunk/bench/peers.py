@@ -18,7 +18,7 @@ from jax import Array
 
 from jaxchunk.bench import accuracy
 from jaxchunk.bench.accuracy import Accuracy, Case
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 
 _logger = logging.getLogger("jaxchunk")
 ALL = "all"
@@ -236,7 +236,7 @@ def first_run(run: Callable[[], Loaded]) -> Loaded | str:
     try:
         return run()
     except Exception as error:  # whatever it raises
-        reason = _in_one_line(error)
+        reason = first_line(error, with_type=True)
     _free_cache()
     return f"its first call failed ({reason})"
 
@@ -289,13 +289,8 @@ def _import_error(peer: Peer) -> str | None:
         peer.load()
         _ = peer.name
     except Exception as error:  # some raise more than ImportError where there is no driver
-        return f"{peer.distribution} cannot be imported ({_in_one_line(error)})"
+        return f"{peer.distribution} cannot be imported ({first_line(error, with_type=True)})"
     return None
-
-
-def _in_one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _free_cache() -> None:

@@ -16,7 +16,8 @@ import tyro
 from tqdm import tqdm
 
 from jaxchunk import environment
-from jaxchunk.errors import InputError
+from jaxchunk.device_memory import is_out_of_memory
+from jaxchunk.errors import InputError, first_line
 from jaxchunk.measuring import preflight
 from jaxchunk.measuring.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
 from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
@@ -170,10 +171,11 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        said = str(error).splitlines()[0]
-        raise InputError(f"the device has too little memory for this shape ({said}); use a smaller one") from None
+        raise InputError(
+            f"the device has too little memory for this shape ({first_line(error)}); use a smaller one"
+        ) from None
 
 
 def read_measurements(path: Path) -> list[Measurement]:
