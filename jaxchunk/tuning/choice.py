@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,6 +21,7 @@ from jaxchunk.errors import InputError, first_line
 from jaxchunk.lm_head import Head, choose_implementation, lm_head_loss
 from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.measuring.statistics import interval_of
+from jaxchunk.measuring.tables import markdown
 from jaxchunk.stop import StopRequest
 from jaxchunk.telemetry import AnyMonitor, Monitor, open_monitor
 from jaxchunk.tuning import choice_cache, contest
@@ -106,18 +107,15 @@ class ChunkChoice:
 
     def table(self) -> str:
         """The candidates as a Markdown table."""
-        lines = ["| chunks | windows | ms | J | cost / least | temporaries, MB |", "|" + "---|" * 6]
-        for candidate in self.candidates:
-            cells = [
-                f"**{candidate.num_chunks}**" if candidate.num_chunks == self.num_chunks else f"{candidate.num_chunks}",
-                str(candidate.windows),
-                "null" if candidate.time_s is None else f"{candidate.time_s * 1e3:.4g}",
-                "null" if candidate.energy_j is None else f"{candidate.energy_j:.4g}",
-                _interval(candidate.over_leader),
-                f"{candidate.temporary_bytes / 1e6:.1f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        columns: list[tuple[str, Callable[[Candidate], str]]] = [
+            ("chunks", lambda c: f"**{c.num_chunks}**" if c.num_chunks == self.num_chunks else f"{c.num_chunks}"),
+            ("windows", lambda c: str(c.windows)),
+            ("ms", lambda c: "null" if c.time_s is None else f"{c.time_s * 1e3:.4g}"),
+            ("J", lambda c: "null" if c.energy_j is None else f"{c.energy_j:.4g}"),
+            ("cost / least", lambda c: _interval(c.over_leader)),
+            ("temporaries, MB", lambda c: f"{c.temporary_bytes / 1e6:.1f}"),
+        ]
+        return markdown(self.candidates, columns)
 
 
 def choose_num_chunks(
