@@ -101,7 +101,7 @@ def protocol_of(config: MicrobenchConfig) -> Protocol:
 
 
 def flops_per_call(config: MicrobenchConfig) -> int:
-    """Of the GEMMs alone: two in the paper's workload, three in the LM head."""
+    """Of the GEMMs alone, two in the paper's workload and three in the LM head; padding and softmax do not count."""
     return (4 if config.workload == "softmax" else 6) * config.m * config.k * config.n
 
 

@@ -220,11 +220,19 @@ def value_and_gradients(peer: Peer, loss: Loss, hidden: Any, weight: Any, labels
     W = weight.detach() if peer.takes_master else weight.detach().to(hidden.dtype)
     value = loss(x, W.requires_grad_(), labels)
     d_hidden, d_weight = torch.autograd.grad(value, (x, W))
-    done = None
-    if hidden.is_cuda:
-        done = torch.cuda.Event(blocking=True)  # who waits sleeps: a spinning thread would hold up the dispatch
-        done.record()
+    done = event_behind(is_cuda=hidden.is_cuda)
     return Pending(value.detach(), done), (Pending(d_hidden, done), Pending(d_weight, done))
+
+
+def event_behind(*, is_cuda: bool) -> Any | None:
+    """The event recorded behind what torch has dispatched so far; None on a CPU, where it is done."""
+    import torch
+
+    if not is_cuda:
+        return None
+    event = torch.cuda.Event(blocking=True)  # who waits sleeps: a spinning thread would hold up the dispatch
+    event.record()
+    return event
 
 
 def first_run(run: Callable[[], Loaded]) -> Loaded | str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxchunk.measuring.protocol import Measurement
-from jaxchunk.measuring.statistics import Interval, Quantity, interval_of, ratio_of, ratio_of_best
+from jaxchunk.measuring.statistics import Interval, Quantity, energy_caveats, interval_of, ratio_of, ratio_of_best
 from jaxchunk.measuring.tables import markdown
 
 # The paper's figures, for comparison. Not measured by us: we have neither device.
@@ -159,7 +159,6 @@ def _row(measurements: Sequence[Measurement], name: str, base: str | None, flops
     def ratio(quantity: Quantity) -> Interval | None:
         return None if base is None else ratio_of(measurements, name, base, quantity)
 
-    bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
     factors = every[0].factors
     return Row(
         variant=name,
@@ -171,8 +170,7 @@ def _row(measurements: Sequence[Measurement], name: str, base: str | None, flops
         time_s=interval("time_s"),
         tflops=interval(lambda m: flops / m.time_s / 1e12),
         energy_j=interval("energy_j"),
-        energy_bound_j=max(bounds, default=None),
-        energy_null_reason=next((m.energy_null_reason for m in own if m.energy_null_reason), None),
+        **energy_caveats(own),
         power_w=interval("power_w"),
         power_w_std=interval("power_w_std"),
         sm_clock_mhz=interval("sm_clock_mhz"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,6 +95,14 @@ def ratio_of_best(
         if elsewhere:
             chosen.append(by_variant[min(elsewhere, key=elsewhere.__getitem__)][repeat])
     return bootstrap_median(chosen) if chosen else None
+
+
+def energy_caveats(own: Sequence[Measurement]) -> dict[str, Any]:
+    """What must be known of the joules of a variant: the largest bound of a window's, and why one has none."""
+    return {
+        "energy_bound_j": max((m.energy_bound_j for m in own if m.energy_bound_j is not None), default=None),
+        "energy_null_reason": next((m.energy_null_reason for m in own if m.energy_null_reason), None),
+    }
 
 
 def _ratios_by_repeat(

@@ -60,10 +60,8 @@ def write_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
     if not (directory / "tokenizer_config.json").exists():
         about: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": [
-                "input_ids",
-                "attention_mask",
-            ],  # by default token types too, which no model here takes
+            # By default token types too, which no model here takes.
+            "model_input_names": ["input_ids", "attention_mask"],
         }
         if end is not None:
             about["eos_token"] = loaded.id_to_token(end)
