@@ -21,7 +21,7 @@ from jaxtyping import Float
 from jaxchunk.bench.softmax_kernel import softmax_rows
 from jaxchunk.errors import InputError
 from jaxchunk.interleaving import interleave
-from jaxchunk.lm_head.chunks import matmul
+from jaxchunk.lm_head.chunks import matmul, split_rows
 
 DTYPES = ("bfloat16", "float16", "float32")
 SOFTMAXES = ("pallas", "pallas_interpret", "xla")
@@ -88,8 +88,8 @@ class SoftmaxWorkload:
         """
         if not 1 <= num_chunks <= self.m:
             raise InputError(f"num_chunks is {num_chunks}; for {self.m} rows it must be from 1 to {self.m}")
-        rows = -(-self.m // num_chunks)
-        if (needed := -(-self.m // rows)) < num_chunks:
+        rows, needed = split_rows(self.m, num_chunks)
+        if needed < num_chunks:
             raise InputError(
                 f"num_chunks is {num_chunks}, which leaves some empty: {needed} chunks of {rows} rows hold all {self.m}"
             )
