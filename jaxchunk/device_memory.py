@@ -18,6 +18,7 @@ _SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _SHARE_BESIDE_OTHERS = 0.5
 _USABLE = 0.94  # share of the allocator's limit; the rest goes to fragmentation and library workspaces
 _HOST_SHARE = 0.9  # of what is available; the rest is the operating system's
+COMPILER_WITHOUT_MEMORY = "the compiler ran out of memory"
 
 
 def is_unified() -> bool:
@@ -79,6 +80,11 @@ def usable(limit: int | None) -> float:
     return float("inf") if limit is None else _USABLE * limit
 
 
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether the device, or XLA's compiler, was refused memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def compile_if_it_fits(
     compile_program: Callable[[], jax.stages.Compiled], limit: int | None
 ) -> tuple[jax.stages.Compiled, ProgramMemory] | str:
@@ -86,9 +92,9 @@ def compile_if_it_fits(
     try:
         program = compile_program()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        return "the compiler ran out of memory"
+        return COMPILER_WITHOUT_MEMORY
     analysis = program.memory_analysis()
     assert analysis is not None, "CPU and GPU back ends have this analysis"
     operands = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

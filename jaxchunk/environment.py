@@ -17,15 +17,8 @@ import jaxchunk
 _PACKAGES = (
     *("jax", "jaxlib", "numpy", "optax", "grain", "orbax-checkpoint", "tokenizers", "safetensors"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
-    *(
-        "torch",
-        "triton",
-        "transformers",
-        "liger-kernel",
-        "cut-cross-entropy",
-        "quack-kernels",
-        "nvidia-cutlass-dsl",
-    ),  # bench/peers.py
+    # Of peers (bench/peers.py):
+    *("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
 )
 _VARIABLES = ("XLA_", "JAX_", "JAXCHUNK_", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
 

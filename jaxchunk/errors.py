@@ -17,6 +17,14 @@ class RunFailedError(RuntimeError):
     """A run came to an end that no input explains, such as a loss that is not finite; what it recorded is kept."""
 
 
+def first_line(error: BaseException, *, with_type: bool = False) -> str:
+    """What an error says, without the page that may follow its first line; its type where it says nothing."""
+    lines, kind = str(error).strip().splitlines(), type(error).__name__
+    if not lines:
+        return kind
+    return f"{kind}: {lines[0]}" if with_type else lines[0]
+
+
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
     """For scripts: one line on stderr and an exit status in place of a traceback.

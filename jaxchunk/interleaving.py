@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxchunk.lm_head.chunks import split_rows
 from jaxchunk.lm_head.varying import varying_axes, varying_over
 
 Stage = Callable[..., Any]
@@ -64,7 +65,7 @@ def interleave(
     if not 1 <= num_chunks <= num_rows:
         raise ValueError(f"num_chunks is {num_chunks}; for {num_rows} rows it must be from 1 to {num_rows}")
     run = _composed([stages] if callable(stages) else list(stages), sums, axis)
-    chunk_rows = -(-num_rows // num_chunks)
+    chunk_rows, _ = split_rows(num_rows, num_chunks)
     if chunk_rows == num_rows:
         result = run(rows, shared)
         return (result[0], _wide(result[1], accum_dtype)) if sums else result

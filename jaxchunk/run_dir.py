@@ -53,7 +53,7 @@ class RunDirectory:
     @property
     def goes_on(self) -> bool:
         """Whether there is a run here that is gone on with."""
-        return self._go_on and (self.path / _MARKER).exists()
+        return self._go_on and holds_run(self.path)
 
     def __enter__(self) -> "RunDirectory":
         self._check_free()  # again: another run may have come first
@@ -183,7 +183,7 @@ class RunDirectory:
             raise InputError(f"out_dir {self.path} is a file; it must be a directory")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
-        if not (self.path / _MARKER).exists():
+        if not holds_run(self.path):
             raise InputError(f"out_dir {self.path} is not empty and holds no run; choose another directory")
         if not self._overwrite and not self._go_on:
             raise InputError(f"out_dir {self.path} already holds a run; choose another, or pass --overwrite")
@@ -223,6 +223,11 @@ class OtherProcessRun(RunDirectory):
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """See `RunDirectory`."""
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run was begun in a directory."""
+    return (path / _MARKER).exists()
 
 
 def new_run_path(name: str) -> Path:

@@ -7,6 +7,10 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 
+def no_stop() -> None:
+    """In the place of `StopRequest.check` where nobody can ask for a stop."""
+
+
 class StopRequest:
     """While entered, the first SIGTERM or Ctrl-C only leaves its name in `signal_name`, to be looked at between steps.
 

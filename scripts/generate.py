@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from jaxchunk import device_memory
+from jaxchunk.data import load_fitting_tokenizer
 from jaxchunk.errors import InputError, reported_errors
 from jaxchunk.inference import Sampling, pad_prompts, stream, text, unstack_layers
 from jaxchunk.measuring.harness import check_seed
@@ -72,7 +73,7 @@ def main() -> None:
         sampling = _sampling(config)
         prompt = _prompt(config)
         model, params, tokenizer_path = _load(config)
-        tokenizer = text.fitting_tokenizer(tokenizer_path, model)
+        tokenizer = load_fitting_tokenizer(tokenizer_path, model.vocab_size)
         ids = text.encode(prompt, tokenizer, tokenizer_path, chat=config.chat, system=config.system)
         if not 1 <= config.prefill_chunks <= len(ids):
             raise InputError(

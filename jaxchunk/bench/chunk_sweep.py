@@ -18,7 +18,7 @@ from jaxchunk.measuring import harness
 from jaxchunk.measuring.harness import BenchConfig
 from jaxchunk.measuring.protocol import Measurement
 from jaxchunk.measuring.statistics import interval_of, ratio_of
-from jaxchunk.measuring.tables import as_dict, cell
+from jaxchunk.measuring.tables import Column, Row, as_dict, cell, markdown
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.telemetry import open_monitor
 from jaxchunk.tuning import ChunkChoice, Objective, candidate_counts, choose_num_chunks
@@ -86,7 +86,7 @@ def run(config: ChunkSweepConfig) -> Path:
     with RunDirectory(path, overwrite=config.overwrite, go_on=config.go_on) as directory:
         directory.write_json("config.json", dataclasses.asdict(config))
         choices: dict[str, dict[str, Any]] = {}
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         for shape in shapes:
             chosen = {name: _choose(shape, name, config, directory.path) for name in config.objectives}
             choices[str(shape)] = {name: choice.as_dict() for name, choice in chosen.items()}
@@ -165,7 +165,7 @@ def _sweep(shape: Shape, config: ChunkSweepConfig, path: Path) -> list[Measureme
     return harness.read_measurements(own)
 
 
-def _row(shape: Shape, choice: ChunkChoice, measurements: Sequence[Measurement]) -> dict[str, Any]:
+def _row(shape: Shape, choice: ChunkChoice, measurements: Sequence[Measurement]) -> Row:
     """The choice's cost over that of every count in the sweep; more than 1: the sweep has found a better one."""
 
     def quantity(measurement: Measurement) -> float | None:
@@ -174,7 +174,7 @@ def _row(shape: Shape, choice: ChunkChoice, measurements: Sequence[Measurement])
     names = {
         n: name
         for n in (c.num_chunks for c in choice.candidates)
-        if interval_of(measurements, name := _name(choice, n), quantity) is not None
+        if interval_of(measurements, name := lm_head.variant_name(choice.implementation, n), quantity) is not None
     }
     known = {n: interval_of(measurements, name, quantity) for n, name in names.items()}
     if choice.num_chunks not in known:
@@ -195,16 +195,16 @@ def _row(shape: Shape, choice: ChunkChoice, measurements: Sequence[Measurement])
     }
 
 
-def _name(choice: ChunkChoice, num_chunks: int) -> str:
-    return f"{choice.implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table; intervals are 95% bootstrap intervals of the median over repeats."""
-    lines = ["| shape | objective | auto | took, s | best of the sweep | auto / best |", "|" + "---|" * 6]
-    for row in rows:
-        over = row["chosen_over_best"]
-        ratio = cell(over, 1.0, 4, interval=True)
-        cells = [row["shape"], row["objective"], row["chosen"], f"{row['measuring_s']:.1f}", row["best"], ratio]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return markdown(rows, _COLUMNS)
+
+
+_COLUMNS: tuple[Column, ...] = (
+    ("shape", lambda row: row["shape"]),
+    ("objective", lambda row: row["objective"]),
+    ("auto", lambda row: str(row["chosen"])),
+    ("took, s", lambda row: f"{row['measuring_s']:.1f}"),
+    ("best of the sweep", lambda row: str(row["best"])),
+    ("auto / best", lambda row: cell(row["chosen_over_best"], 1.0, 4, interval=True)),
+)

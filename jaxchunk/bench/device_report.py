@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxchunk.bench.child import run_child
 from jaxchunk.errors import InputError, RunFailedError
-from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
+from jaxchunk.run_dir import RunDirectory, holds_run, new_run_path, read_json_lines
 
 _SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 _STATUS = "stages.json"
@@ -118,8 +118,8 @@ def _run_stage(stage: Stage, path: Path) -> dict[str, Any]:
     """Runs a stage with its output in a log and on the screen."""
     command = [sys.executable, *stage.command]
     if stage.is_benchmark:
-        begun = (path / stage.name / ".jaxchunk-run").exists()
-        command += ["--out_dir", str(path / stage.name), *(["--continue"] if begun else [])]
+        begun = ["--continue"] if holds_run(path / stage.name) else []
+        command += ["--out_dir", str(path / stage.name), *begun]
     start_s = time.monotonic()
     with (path / f"{stage.name}.log").open("w") as log:
 

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from jaxchunk.bench.tunable_kernels import TunableKernel
-from jaxchunk.errors import InputError, RunFailedError
+from jaxchunk.errors import InputError, RunFailedError, first_line
 from jaxchunk.lm_head import offset_rows
 from jaxchunk.lm_head.kernels import Exponentials, xla
 from jaxchunk.lm_head.rows import RowOptions
@@ -101,9 +101,8 @@ class KernelBench:
             problem = self._wrong(self._program(config)(*self._operands))
             return Evaluation(None, problem) if problem else Evaluation(1e3 * self.call_s(config))
         except Exception as error:  # whatever a compiler or a driver has to say about one configuration
-            first_line = (str(error).splitlines() or [""])[0]
             _check_device(config)
-            return Evaluation(None, f"{type(error).__name__}: {first_line[:300]}")
+            return Evaluation(None, first_line(error, with_type=True)[:300])
 
     def call_s(self, config: Any | None) -> float:
         """Seconds of a call in a sustained window; of cuBLAS's bfloat16 x W^T where `config` is None."""
@@ -211,5 +210,6 @@ def _check_device(config: Any) -> None:
     try:
         jax.block_until_ready(jnp.zeros(8) + 1)
     except jax.errors.JaxRuntimeError as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise RunFailedError(f"after {dataclasses.asdict(config)} the device does not work any more: {said}") from None
+        raise RunFailedError(
+            f"after {dataclasses.asdict(config)} the device does not work any more: {first_line(error)}"
+        ) from None

@@ -26,6 +26,7 @@ from jaxchunk.measuring.harness import BenchConfig, Benchmark
 from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.plotting import AUTODIFF, FLOOR
 from jaxchunk.run_dir import RunDirectory
+from jaxchunk.words import chunks_in_words
 
 _logger = logging.getLogger("jaxchunk")
 CASES: dict[str, dict[str, Any]] = {
@@ -181,13 +182,13 @@ def _ours(
     """Implementations and chunk counts in all cases."""
     for implementation in config.implementations:
         for num_chunks in config.chunks if implementation != "reference" else (1,):
-            plain = f"{implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
+            plain = variant_name(implementation, num_chunks)
             fixed = {"implementation": implementation, "num_chunks": num_chunks}
             for case in config.cases:
                 name = plain if case == "plain" else f"{plain}, {case}"
                 options: dict[str, Any] = {}
                 if case == "plain":
-                    options = {"slices": slices, "one_chunk": f"{implementation}, 1 chunk"}
+                    options = {"slices": slices, "one_chunk": variant_name(implementation, 1)}
                 try:
                     yield from _compile(name, *_case(case, operands, fixed), limit_bytes, plain, **options)
                 except ValueError as error:  # an option that this implementation refuses
@@ -196,6 +197,11 @@ def _ours(
                 sharded, placed = _over_devices(config.vocab_devices, operands, fixed)
                 name = f"{plain}, vocabulary over {config.vocab_devices} GPUs"
                 yield from _compile(name, sharded, placed, limit_bytes, plain)
+
+
+def variant_name(implementation: str, num_chunks: int) -> str:
+    """What the plain case of an implementation is called in records and tables."""
+    return f"{implementation}, {chunks_in_words(num_chunks)}"
 
 
 def three_gemms(hidden: Float[Array, "T D"], weight: Float[Array, "V D"]) -> tuple[Array, Array, Array]:

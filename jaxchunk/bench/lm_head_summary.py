@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jaxchunk.bench.accuracy import Accuracy
 from jaxchunk.measuring.protocol import Measurement, Variant
-from jaxchunk.measuring.statistics import interval_of, ratio_of
+from jaxchunk.measuring.statistics import energy_caveats, interval_of, ratio_of
 from jaxchunk.measuring.tables import Column, Row, as_dict, cell, gigabytes, markdown
 from jaxchunk.plotting import AUTODIFF, FLOOR
 
@@ -36,7 +36,6 @@ def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) 
     rows = []
     for program in programs:
         name = program.variant.name
-        own = [m for m in measurements if m.variant == name]
         row: Row = {"variant": name, "temporary_bytes": program.temporary_bytes, "is_peer": program.is_peer}
         for field in ("time_s", "energy_j", "power_w", "power_w_std", "sm_clock_mhz"):
             row[field] = as_dict(interval_of(measurements, name, field))
@@ -46,10 +45,7 @@ def summarize(measurements: Sequence[Measurement], programs: Sequence[Program]) 
                 row[f"{quantity}_over_{label}"] = as_dict(ratio_of(measurements, name, baseline or "", field))
         row["errors"] = program.accuracy and program.accuracy.errors
         row["d_weight_dtype"] = program.accuracy and program.accuracy.d_weight_dtype
-        bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
-        row["energy_bound_j"] = max(bounds) if bounds else None
-        row["energy_null_reason"] = next((m.energy_null_reason for m in own if m.energy_null_reason), None)
-        rows.append(row)
+        rows.append(row | energy_caveats([m for m in measurements if m.variant == name]))
     return rows
 
 

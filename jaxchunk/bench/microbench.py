@@ -34,6 +34,7 @@ from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.plotting.style import read_telemetry
 from jaxchunk.run_dir import RunDirectory
 from jaxchunk.telemetry.wall_meter import Lag, WallMeter
+from jaxchunk.words import chunks_in_words
 
 _logger = logging.getLogger("jaxchunk")
 _TIMELINE_CALLS = 3
@@ -74,7 +75,7 @@ class Programs:
             for num_chunks in config.chunks:
                 call = _workload(config, softmax, num_chunks)
                 compiled = compile_if_it_fits(_compiler(call, operands.of(config.inputs[0])), limit)
-                label = f"{num_chunks} chunk{'s' if num_chunks > 1 else ''}"
+                label = chunks_in_words(num_chunks)
                 if isinstance(compiled, str):
                     _logger.warning("%s (%s) is left out: %s", label, softmax, compiled)
                     continue

@@ -13,6 +13,7 @@ from jaxchunk.lm_head import choose_implementation
 from jaxchunk.measuring import harness
 from jaxchunk.measuring.harness import BenchConfig
 from jaxchunk.measuring.protocol import Protocol
+from jaxchunk.words import chunks_in_words
 
 _logger = logging.getLogger("jaxchunk")
 WORKLOADS = ("softmax", "lm_head")
@@ -100,7 +101,7 @@ def protocol_of(config: MicrobenchConfig) -> Protocol:
 
 
 def flops_per_call(config: MicrobenchConfig) -> int:
-    """Of the GEMMs alone: two in the paper's workload, three in the LM head."""
+    """Of the GEMMs alone, two in the paper's workload and three in the LM head; padding and softmax do not count."""
     return (4 if config.workload == "softmax" else 6) * config.m * config.k * config.n
 
 
@@ -136,7 +137,7 @@ def check_memory(config: MicrobenchConfig, limit_bytes: int | None) -> None:
         advice = f"--n {fits} would fit" if fits else "use a smaller --m as well"
         obstacle = (
             f"--m {config.m} --k {config.k} --n {config.n} needs about {needed(config.n, num_chunks) / 1e9:.1f} GB at "
-            f"{num_chunks} {'chunk' if num_chunks == 1 else 'chunks'}, and {usable / 1e9:.1f} GB can be used; {advice}"
+            f"{chunks_in_words(num_chunks)}, and {usable / 1e9:.1f} GB can be used; {advice}"
         )
         if num_chunks == max(config.chunks):
             raise InputError(obstacle)

@@ -18,7 +18,7 @@ from jax import Array
 
 from jaxchunk.bench import accuracy
 from jaxchunk.bench.accuracy import Accuracy, Case
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 
 _logger = logging.getLogger("jaxchunk")
 ALL = "all"
@@ -220,11 +220,19 @@ def value_and_gradients(peer: Peer, loss: Loss, hidden: Any, weight: Any, labels
     W = weight.detach() if peer.takes_master else weight.detach().to(hidden.dtype)
     value = loss(x, W.requires_grad_(), labels)
     d_hidden, d_weight = torch.autograd.grad(value, (x, W))
-    done = None
-    if hidden.is_cuda:
-        done = torch.cuda.Event(blocking=True)  # who waits sleeps: a spinning thread would hold up the dispatch
-        done.record()
+    done = event_behind(is_cuda=hidden.is_cuda)
     return Pending(value.detach(), done), (Pending(d_hidden, done), Pending(d_weight, done))
+
+
+def event_behind(*, is_cuda: bool) -> Any | None:
+    """The event recorded behind what torch has dispatched so far; None on a CPU, where it is done."""
+    import torch
+
+    if not is_cuda:
+        return None
+    event = torch.cuda.Event(blocking=True)  # who waits sleeps: a spinning thread would hold up the dispatch
+    event.record()
+    return event
 
 
 def first_run(run: Callable[[], Loaded]) -> Loaded | str:
@@ -236,7 +244,7 @@ def first_run(run: Callable[[], Loaded]) -> Loaded | str:
     try:
         return run()
     except Exception as error:  # whatever it raises
-        reason = _in_one_line(error)
+        reason = first_line(error, with_type=True)
     _free_cache()
     return f"its first call failed ({reason})"
 
@@ -289,13 +297,8 @@ def _import_error(peer: Peer) -> str | None:
         peer.load()
         _ = peer.name
     except Exception as error:  # some raise more than ImportError where there is no driver
-        return f"{peer.distribution} cannot be imported ({_in_one_line(error)})"
+        return f"{peer.distribution} cannot be imported ({first_line(error, with_type=True)})"
     return None
-
-
-def _in_one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _free_cache() -> None:

@@ -28,6 +28,7 @@ from jaxchunk.models import hf, qwen2
 from jaxchunk.models.attention import choose_attention
 from jaxchunk.models.qwen2 import Execution, Params, Qwen2Config
 from jaxchunk.run_dir import RunDirectory
+from jaxchunk.words import chunks_in_words
 
 _logger = logging.getLogger("jaxchunk")
 _COMPILING_THREADS = 8
@@ -82,7 +83,7 @@ def compile_variants(
     }
     for seq_len, token_ids in prompts.items():
         for num_chunks in config.chunks:
-            name = f"{seq_len} tokens, {num_chunks} {'chunk' if num_chunks == 1 else 'chunks'}"
+            name = f"{seq_len} tokens, {chunks_in_words(num_chunks)}"
             obstacle = _compile(model, params, (config.batch_size, seq_len), execution, num_chunks, weight_bytes)
             if obstacle is None:
                 call = _Call(model, params, token_ids, execution, num_chunks)
@@ -131,9 +132,9 @@ def _compile(
         with ThreadPoolExecutor(_COMPILING_THREADS) as pool:
             programs = list(pool.map(lambda program: program.compile(), lowered))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not device_memory.is_out_of_memory(error):
             raise
-        return "the compiler ran out of memory"
+        return device_memory.COMPILER_WITHOUT_MEMORY
     heads = 2 * model.num_hidden_layers * model.num_key_value_heads
     cache_bytes = shape[0] * shape[1] * heads * model.head_dim * jnp.dtype(execution.compute_dtype).itemsize
     temporary_bytes = max(_temporary_bytes(program) for program in programs)

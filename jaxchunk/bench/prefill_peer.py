@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchunk.bench.peers import Pending
+from jaxchunk.bench.peers import Pending, event_behind
 from jaxchunk.errors import InputError
 from jaxchunk.models import hf
 from jaxchunk.models.qwen2 import Qwen2Config
@@ -60,11 +60,7 @@ class Peer:
         def call() -> Pending:
             with torch.inference_mode():
                 output = self.model(input_ids=prompts, use_cache=True, logits_to_keep=1)
-            done = None
-            if self.device.type == "cuda":
-                done = torch.cuda.Event(blocking=True)
-                done.record()
-            return Pending(output.logits, done)
+            return Pending(output.logits, event_behind(is_cuda=self.device.type == "cuda"))
 
         return call
 

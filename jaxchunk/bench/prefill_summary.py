@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxchunk.measuring.protocol import Measurement
-from jaxchunk.measuring.statistics import Interval, interval_of, ratio_of, ratio_of_best
+from jaxchunk.measuring.statistics import Interval, energy_caveats, interval_of, ratio_of, ratio_of_best
 from jaxchunk.measuring.tables import Column, Row, as_dict, cell, markdown
 
 PAPER = (
@@ -73,10 +73,7 @@ def _row(measurements: Sequence[Measurement], name: str, base: str | None) -> Ro
     row["tokens_per_s"] = as_dict(interval_of(measurements, name, lambda m: tokens / m.time_s))
     for label, field in _RATIOS.items():
         row[label] = None if base is None else as_dict(ratio_of(measurements, name, base, field))
-    bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
-    row["energy_bound_j"] = max(bounds, default=None)
-    row["energy_null_reason"] = next((m.energy_null_reason for m in own if m.energy_null_reason), None)
-    return row
+    return row | energy_caveats(own)
 
 
 def _baseline(factors: dict[str, dict[str, Any]], name: str) -> str | None:

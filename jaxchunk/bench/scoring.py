@@ -20,7 +20,7 @@ from jaxchunk.bench import accuracy, scoring_peer
 from jaxchunk.bench.lm_head_shapes import Shape, parse_shape
 from jaxchunk.bench.scoring_summary import NOTE, Scoring, name_in, sentences, summarize, table
 from jaxchunk.device_memory import compile_if_it_fits
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 from jaxchunk.inference.scoring import head_chunks
 from jaxchunk.lm_head import Head, choose_implementation, token_log_probs
 from jaxchunk.measuring import harness
@@ -28,6 +28,7 @@ from jaxchunk.measuring.harness import BenchConfig, Benchmark
 from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.plotting import BFLOAT16_LOGITS, FLOAT32_LOGITS, FLOOR
 from jaxchunk.run_dir import RunDirectory
+from jaxchunk.words import chunks_in_words
 
 _logger = logging.getLogger("jaxchunk")
 Operands = tuple[Float[Array, "T D"], Float[Array, "V D"], Int[Array, " T"]]
@@ -143,7 +144,7 @@ def compile_variants(config: ScoringBenchConfig, shape: Shape, limit_bytes: int 
     for implementation in config.implementations:
         default = head_chunks(shape.tokens, implementation)
         for num_chunks in sorted({default, *shape.chunks}) if implementation != "reference" else (1,):
-            method = f"{implementation}, {num_chunks} chunk{'s' if num_chunks > 1 else ''}"
+            method = f"{implementation}, {chunks_in_words(num_chunks)}"
             is_default = (implementation, num_chunks) == (chosen, default)
             score = _ours(implementation, num_chunks)
             yield from _compile(shape, method, score, operands, limit_bytes, cases, is_default=is_default)
@@ -155,7 +156,7 @@ def compile_variants(config: ScoringBenchConfig, shape: Shape, limit_bytes: int 
         try:
             errors = _errors(scoring_peer.evaluate, cases)
         except RuntimeError as error:  # torch's OutOfMemoryError is one
-            _logger.warning("%s is left out: %s", name_in(shape.name, peer.name), str(error).splitlines()[0])
+            _logger.warning("%s is left out: %s", name_in(shape.name, peer.name), first_line(error))
             return
         yield Scoring(_variant(shape, peer.name, peer.call), peer.temporary_bytes, errors, is_peer=True)
 

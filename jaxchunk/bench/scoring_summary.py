@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxchunk.measuring.protocol import Measurement, Variant
-from jaxchunk.measuring.statistics import interval_of, ratio_of
+from jaxchunk.measuring.statistics import energy_caveats, interval_of, ratio_of
 from jaxchunk.measuring.tables import Column, Row, as_dict, cell, gigabytes, markdown
 from jaxchunk.plotting import FLOAT32_LOGITS, FLOOR
 
@@ -43,7 +43,6 @@ def summarize(measurements: Sequence[Measurement], scorings: Sequence[Scoring]) 
     rows = []
     for scoring in scorings:
         name, factors = scoring.variant.name, scoring.variant.factors
-        own = [m for m in measurements if m.variant == name]
         row: Row = {"variant": name, **factors, "is_default": scoring.is_default, "is_peer": scoring.is_peer}
         row |= {"temporary_bytes": scoring.temporary_bytes, "errors": scoring.errors}
         for field in ("time_s", "energy_j", "power_w", "sm_clock_mhz"):
@@ -52,9 +51,7 @@ def summarize(measurements: Sequence[Measurement], scorings: Sequence[Scoring]) 
             for field, quantity in (("time_s", "time"), ("energy_j", "energy")):
                 ratio = ratio_of(measurements, name, name_in(factors["shape"], method), field)
                 row[f"{quantity}_over_{label}"] = as_dict(ratio)
-        row["energy_bound_j"] = max((m.energy_bound_j for m in own if m.energy_bound_j is not None), default=None)
-        row["energy_null_reason"] = next((m.energy_null_reason for m in own if m.energy_null_reason), None)
-        rows.append(row)
+        rows.append(row | energy_caveats([m for m in measurements if m.variant == name]))
     return rows
 
 

@@ -16,12 +16,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxchunk.bench.softmax_kernel import softmax_rows
 from jaxchunk.errors import InputError
 from jaxchunk.interleaving import interleave
+from jaxchunk.lm_head.chunks import matmul, split_rows
 
 DTYPES = ("bfloat16", "float16", "float32")
 SOFTMAXES = ("pallas", "pallas_interpret", "xla")
@@ -54,11 +54,6 @@ class SoftmaxWorkload:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name, choices in (("dtype", DTYPES), ("softmax", SOFTMAXES)):
             _check_choice(name, getattr(self, name), choices)
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the two products of one call, 4*M*K*N; padding and softmax do not count."""
-        return 4 * self.m * self.k * self.n
 
     def operands(
         self, inputs: str, seed: int = 0, *, logit_std: float = 1.0
@@ -93,8 +88,8 @@ class SoftmaxWorkload:
         """
         if not 1 <= num_chunks <= self.m:
             raise InputError(f"num_chunks is {num_chunks}; for {self.m} rows it must be from 1 to {self.m}")
-        rows = -(-self.m // num_chunks)
-        if (needed := -(-self.m // rows)) < num_chunks:
+        rows, needed = split_rows(self.m, num_chunks)
+        if needed < num_chunks:
             raise InputError(
                 f"num_chunks is {num_chunks}, which leaves some empty: {needed} chunks of {rows} rows hold all {self.m}"
             )
@@ -124,21 +119,21 @@ class SoftmaxWorkload:
             a = jnp.pad(a, ((0, padding), (0, 0)))
 
         def product(chunk: Array, b: Array) -> tuple[Array, Array]:
-            return chunk, _matmul(chunk, b, (1, 0), self.dtype)
+            return chunk, matmul(chunk, b, (1, 0), self.dtype)
 
         def softmax(state: tuple[Array, Array], _: Array) -> tuple[Array, Array]:
             chunk, logits = state
             return chunk, self._softmax(logits)
 
         def accumulated(state: tuple[Array, Array], _: Array) -> tuple[tuple[()], Array]:
-            return (), _matmul(*state, (0, 0), jnp.float32)
+            return (), matmul(*state, (0, 0), jnp.float32)
 
         return interleave([product, softmax, accumulated], a, b, num_chunks=num_chunks, sums=True)[1]
 
     def reference(self, a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float[Array, "K N"]:
         """The same unchunked, float32 throughout."""
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return _matmul(a, jax.nn.softmax(_matmul(a, b, (1, 0), jnp.float32), axis=1), (0, 0), jnp.float32)
+        return matmul(a, jax.nn.softmax(matmul(a, b, (1, 0), jnp.float32), axis=1), (0, 0), jnp.float32)
 
     def memory_bytes(self, num_chunks: int) -> int:
         """What a call needs on a GPU: operands, accumulator and a chunk of logits (two with XLA's softmax).
@@ -177,10 +172,3 @@ def _normal(key: Array, shape: tuple[int, int], std: float, dtype: str) -> Float
         return lax.dynamic_update_slice_in_dim(filled, slab.astype(dtype), i * slab_rows, axis=0)
 
     return lax.fori_loop(0, -(-rows // slab_rows), fill, jnp.empty(shape, dtype))
-
-
-def _matmul(a: Array, b: Array, contract: tuple[int, int], out_dtype: DTypeLike) -> Array:
-    """GEMM with fp32 accumulation; fp32 operands are never rounded to TF32."""
-    exact = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=out_dtype)

@@ -19,6 +19,7 @@ import jax
 from jaxchunk.bench.roofline import COMPONENTS, Cost, Rates
 from jaxchunk.bench.timeline import classify_kernel
 from jaxchunk.errors import InputError
+from jaxchunk.measuring.tables import markdown_of_cells
 from jaxchunk.training.trace import PROGRAM
 
 CLASSES = ("gemm", "attention", "pallas", "fusion", "copy")
@@ -174,7 +175,7 @@ def summarize(kernels: Sequence[Kernel], steps: int, top: int = 12) -> StepProfi
 def table(profile: StepProfile | None, costs: Sequence[Cost], rates: Rates | None) -> str:
     """Parts of a step as a Markdown table, milliseconds each; without a profile or rates, what is known."""
     head = ["part", "TFLOP", "GB", "roofline, ms", "measured, ms", *(f"of it {kind}" for kind in CLASSES)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = []
     by_name = {cost.component: cost for cost in costs}
     for name in (*COMPONENTS, UNATTRIBUTED):
         cost = by_name.get(name)
@@ -182,7 +183,7 @@ def table(profile: StepProfile | None, costs: Sequence[Cost], rates: Rates | Non
         cells.append("-" if profile is None else f"{profile.of(name) * 1e3:.2f}")
         parts = {} if profile is None else profile.by_part
         cells += [f"{parts[name, kind] * 1e3:.2f}" if (name, kind) in parts else "-" for kind in CLASSES]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     total = Cost(
         "", *(sum(getattr(cost, field) for cost in costs) for field in ("flops", "gemm_bytes", "elementwise_bytes"))
     )
@@ -193,16 +194,14 @@ def table(profile: StepProfile | None, costs: Sequence[Cost], rates: Rates | Non
         kind: sum(s for (_, k), s in (profile.by_part if profile else {}).items() if k == kind) for kind in CLASSES
     }
     cells += [f"{by_class[kind] * 1e3:.2f}" if profile else "-" for kind in CLASSES]
-    lines.append(f"| {' | '.join(cells)} |")
+    text = markdown_of_cells(head, [*lines, cells])
     if rates is not None:
-        lines += ["", f"Roofline at {rates.flops / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e12:.3g} TB/s."]
+        text += f"\n\nRoofline at {rates.flops / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e12:.3g} TB/s."
     if profile is not None:
-        lines.append(
-            f"A step takes {profile.step_s * 1e3:.2f} ms of the device, {profile.idle_s * 1e3:.2f} of them idle."
-        )
-        lines += ["", "| kernel | part | ms a step |", "|---|---|---|"]
-        lines += [f"| `{name[:90]}` | {part} | {seconds * 1e3:.2f} |" for name, part, seconds in profile.top]
-    return "\n".join(lines)
+        text += f"\nA step takes {profile.step_s * 1e3:.2f} ms of the device, {profile.idle_s * 1e3:.2f} of them idle."
+        kernels = ([f"`{name[:90]}`", part, f"{seconds * 1e3:.2f}"] for name, part, seconds in profile.top)
+        text += "\n\n" + markdown_of_cells(("kernel", "part", "ms a step"), kernels)
+    return text
 
 
 def _cost_cells(cost: Cost, rates: Rates | None) -> list[str]:

@@ -32,6 +32,7 @@ from jaxchunk.training import config as training_config
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.mesh import choose_devices
 from jaxchunk.training.plan import Plan, prepare
+from jaxchunk.words import chunks_in_words
 
 _logger = logging.getLogger("jaxchunk")
 OURS = "jaxchunk"
@@ -156,7 +157,7 @@ def own_variants(config: TrainingBenchConfig, latest: dict[str, Any]) -> list[Va
 
     return [
         Variant(
-            f"{chunks} chunk{'s' if chunks > 1 else ''}",
+            chunks_in_words(chunks),
             stepping(plan.programs.train_step),
             factors={
                 "chunks": chunks,

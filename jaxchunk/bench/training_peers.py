@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchunk import data
-from jaxchunk.bench.peers import ALL, Pending
+from jaxchunk.bench.peers import ALL, Pending, event_behind
 from jaxchunk.errors import InputError
 from jaxchunk.measuring.protocol import Variant
 from jaxchunk.models import hf, qwen2
@@ -172,11 +172,7 @@ class _Step:
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.grad_clip)
         self._optimizer.step()
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event(blocking=True)
-            done.record()
-        return PeerMetrics(Pending(total, done))
+        return PeerMetrics(Pending(total, event_behind(is_cuda=self._device.type == "cuda")))
 
     def factors(self) -> dict[str, Any]:
         """What distinguishes it; the memory is torch's peak so far, None where torch does not count it (a CPU)."""

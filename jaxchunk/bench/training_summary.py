@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxchunk.measuring.protocol import Measurement
 from jaxchunk.measuring.statistics import interval_of, ratio_of
-from jaxchunk.measuring.tables import as_dict, cell
+from jaxchunk.measuring.tables import as_dict, cell, markdown_of_cells
 
 
 def summarize(measurements: Sequence[Measurement], tokens: int) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     heads = ["", "pieces", "minutes", "steps", "ms a step", "time / first", "tokens/s", "kJ (GPU rail)", "mJ/token"]
     heads += ["energy / first", "W", "power ripple, W", "°C at the end", "micro-batch", "memory, GB"]
     heads += [f"{what} / {peer}" for peer in peers for what in ("tokens/s", "mJ/token")]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = []
     for row in rows:
         energy_kj = None if row["energy_j"] is None else (row["energy_j"] / 1e3, row["energy_bound_j"] / 1e3)
         cells = [
@@ -102,13 +102,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         over = [row["over_peers"].get(peer, {}) for peer in peers]
         cells += [_interval(ratio.get(what)) for ratio in over for what in ("tokens_per_s", "energy_per_token")]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
+    text = markdown_of_cells(heads, lines)
     if peers:
-        lines += [
-            "",
-            "Memory: what our compiled program needs, parameters and moments with it; torch's peak for others.",
-        ]
-    return "\n".join(lines)
+        text += "\n\nMemory: what our compiled program needs, parameters and moments with it; torch's peak for others."
+    return text
 
 
 def _interval(interval: dict[str, float] | None) -> str:

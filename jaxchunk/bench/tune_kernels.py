@@ -120,7 +120,7 @@ def run(config: TuneConfig, machine: Machine | None = None) -> Path:
     directory = RunDirectory(path, overwrite=config.overwrite, go_on=config.go_on)
     flags = dataclasses.asdict(config) | {"kernel": kernel.name}
     if directory.goes_on:
-        _check_same(directory, flags, machine)
+        harness.check_unchanged(directory, {name: flags[name] for name in _FIXED}, machine.device)
     with directory, StopRequest() as stop:
         about, warnings = machine.describe()
         for warning in warnings:
@@ -184,20 +184,6 @@ def _kernel(config: TuneConfig, shapes: Sequence[ChunkShape], machine: Machine) 
         if any(size % multiple for size, multiple in zip(shape, kernel.multiples, strict=True)):
             raise InputError(f"--shapes has {shape}; for {name} its sizes must be multiples of {multiples}")
     return kernel
-
-
-def _check_same(directory: RunDirectory, flags: dict[str, Any], machine: Machine) -> None:
-    before = directory.read_json("config.json")
-    if before is None:
-        return
-    for name in _FIXED:
-        if before.get(name) != flags[name]:
-            raise InputError(
-                f"--continue: the run in {directory.path} has --{name} {before.get(name)}, and now it is {flags[name]}"
-            )
-    device = (directory.read_json("env.json") or {}).get("device_kind")
-    if device not in (None, machine.device):
-        raise InputError(f"--continue: the run in {directory.path} was begun on {device}, and this is {machine.device}")
 
 
 def _log(

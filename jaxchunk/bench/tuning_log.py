@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, Protocol
 
 from jaxchunk.bench.kernel_timing import Evaluation
-from jaxchunk.errors import RunFailedError
+from jaxchunk.errors import RunFailedError, first_line
 from jaxchunk.lm_head.kernels.tuned import Config
 from jaxchunk.run_dir import RunDirectory, read_json_lines
 
@@ -128,7 +128,7 @@ class TuningLog(Generic[Config]):
             self.write("interrupted")
             raise
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             if config is not None:
                 self.write("evaluated", config=_fields(config), milliseconds=None, problem=said)
             raise RunFailedError(f"{said}; --continue --out_dir {self._directory.path} goes on without it") from error

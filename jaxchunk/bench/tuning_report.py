@@ -1,7 +1,7 @@
 """What a tuning run reports: the best configurations at each shape, and the table for kernels to choose from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from jaxchunk.bench.tuning_log import TuningLog
 from jaxchunk.bench.tuning_table import merge_into
 from jaxchunk.lm_head.kernels.tuned import Entry
 from jaxchunk.measuring.statistics import Interval, bootstrap_median
+from jaxchunk.measuring.tables import markdown
 from jaxchunk.run_dir import RunDirectory
 
 
@@ -75,11 +76,12 @@ def report(
 
 def _markdown(ranked: Sequence[Finalist]) -> str:
     """Medians with their 95% bootstrap intervals."""
-    lines = ["| configuration | ms | over cuBLAS |", "|---|---|---|"]
-    for finalist in ranked:
-        name = "cuBLAS, x W^T alone" if finalist.config is None else brief(finalist.config)
-        lines.append(f"| {name} | {finalist.milliseconds.text(3)} | {finalist.over_cublas.text(3)} |")
-    return "\n".join(lines)
+    columns: list[tuple[str, Callable[[Finalist], str]]] = [
+        ("configuration", lambda one: "cuBLAS, x W^T alone" if one.config is None else brief(one.config)),
+        ("ms", lambda one: one.milliseconds.text(3)),
+        ("over cuBLAS", lambda one: one.over_cublas.text(3)),
+    ]
+    return markdown(ranked, columns)
 
 
 def brief(config: Any) -> str:

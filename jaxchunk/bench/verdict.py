@@ -1,11 +1,12 @@
 """What a microbenchmark says: per chunk count relative to one chunk, with intervals, and one plain sentence."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxchunk.measuring.protocol import Measurement
-from jaxchunk.measuring.statistics import Interval, Quantity, interval_of, ratio_of, ratio_of_best
+from jaxchunk.measuring.statistics import Interval, Quantity, energy_caveats, interval_of, ratio_of, ratio_of_best
+from jaxchunk.measuring.tables import markdown
 
 # The paper's figures, for comparison. Not measured by us: we have neither device.
 PAPER = {
@@ -136,30 +137,7 @@ def pair_to_show(comparison: Comparison) -> dict[str, str | None]:
 
 def table(comparison: Comparison) -> str:
     """The rows as a Markdown table; an interval is the 95% bootstrap interval of the median over repeats."""
-    lines = [
-        "| inputs | softmax | chunks | ms | TFLOP/s | time / 1 chunk | J (GPU rail) | energy / 1 chunk | W "
-        "| power ripple, W | SM clock, MHz | clock ripple, MHz | °C | throttled |",
-        "|" + "---|" * 14,
-    ]
-    for row in comparison.rows:
-        cells = [
-            row.inputs,
-            row.softmax,
-            str(row.chunks),
-            _cell(row.time_s, 1e3, 2),
-            "null" if row.tflops is None else f"{row.tflops.median:.3g}",
-            _cell(row.time_ratio, 1, 4, interval=True),
-            _cell(row.energy_j, 1, 2),
-            _cell(row.energy_ratio, 1, 4, interval=True),
-            _cell(row.power_w, 1, 0),
-            _cell(row.power_w_std, 1, 1),
-            _cell(row.sm_clock_mhz, 1, 0),
-            _cell(row.sm_clock_mhz_std, 1, 1),
-            _cell(row.temperature_c, 1, 0),
-            _cell(row.throttled, 100, 0, unit="%"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(comparison.rows, _COLUMNS)
 
 
 def paper_lines() -> str:
@@ -181,7 +159,6 @@ def _row(measurements: Sequence[Measurement], name: str, base: str | None, flops
     def ratio(quantity: Quantity) -> Interval | None:
         return None if base is None else ratio_of(measurements, name, base, quantity)
 
-    bounds = [m.energy_bound_j for m in own if m.energy_bound_j is not None]
     factors = every[0].factors
     return Row(
         variant=name,
@@ -193,8 +170,7 @@ def _row(measurements: Sequence[Measurement], name: str, base: str | None, flops
         time_s=interval("time_s"),
         tflops=interval(lambda m: flops / m.time_s / 1e12),
         energy_j=interval("energy_j"),
-        energy_bound_j=max(bounds, default=None),
-        energy_null_reason=next((m.energy_null_reason for m in own if m.energy_null_reason), None),
+        **energy_caveats(own),
         power_w=interval("power_w"),
         power_w_std=interval("power_w_std"),
         sm_clock_mhz=interval("sm_clock_mhz"),
@@ -301,3 +277,21 @@ def _cell(value: Interval | None, scale: float, digits: int, *, interval: bool =
     if value is None:
         return "null"
     return value.text(digits, scale, unit) if interval else f"{value.median * scale:.{digits}f}{unit}"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("inputs", lambda row: row.inputs),
+    ("softmax", lambda row: row.softmax),
+    ("chunks", lambda row: str(row.chunks)),
+    ("ms", lambda row: _cell(row.time_s, 1e3, 2)),
+    ("TFLOP/s", lambda row: "null" if row.tflops is None else f"{row.tflops.median:.3g}"),
+    ("time / 1 chunk", lambda row: _cell(row.time_ratio, 1, 4, interval=True)),
+    ("J (GPU rail)", lambda row: _cell(row.energy_j, 1, 2)),
+    ("energy / 1 chunk", lambda row: _cell(row.energy_ratio, 1, 4, interval=True)),
+    ("W", lambda row: _cell(row.power_w, 1, 0)),
+    ("power ripple, W", lambda row: _cell(row.power_w_std, 1, 1)),
+    ("SM clock, MHz", lambda row: _cell(row.sm_clock_mhz, 1, 0)),
+    ("clock ripple, MHz", lambda row: _cell(row.sm_clock_mhz_std, 1, 1)),
+    ("°C", lambda row: _cell(row.temperature_c, 1, 0)),
+    ("throttled", lambda row: _cell(row.throttled, 100, 0, unit="%")),
+)

@@ -13,7 +13,7 @@ from jaxchunk.data.pipeline import (
     train_batches,
     validation_batches,
 )
-from jaxchunk.data.tokenizer import load_tokenizer, train_or_load_tokenizer
+from jaxchunk.data.tokenizer import load_fitting_tokenizer, load_tokenizer, train_or_load_tokenizer
 from jaxchunk.data.tokens import TokenFile, open_tokens, write_tokens
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "default_cache_dir",
     "is_examples",
     "load_dataset",
+    "load_fitting_tokenizer",
     "load_tokenizer",
     "open_tokens",
     "read_corpus",

@@ -14,7 +14,7 @@ def default_cache_dir() -> Path:
     """Returns `$XDG_CACHE_HOME/jaxchunk`, or `~/.cache/jaxchunk` where that is not set.
 
     Raises:
-        InputError: this user has no home directory to keep a cache in.
+      InputError: this user has no home directory to keep a cache in.
     """
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if xdg.is_absolute():  # The XDG specification says to ignore a relative path.
@@ -43,7 +43,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     the old file or none, and processes that prepare the same file at once each install a whole one.
 
     Raises:
-        InputError: the file system refused (a full disk, no permission, a file where a folder is needed).
+      InputError: the file system refused (a full disk, no permission, a file where a folder is needed).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jaxchunk.errors import InputError
 
-logger = logging.getLogger("jaxchunk.data")
+_logger = logging.getLogger("jaxchunk.data")
 
 _SUFFIXES = """
 .txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .css
@@ -41,10 +41,10 @@ class Corpus:
     not the last directory in the alphabet.
 
     Attributes:
-        documents: the texts; none is empty.
-        description: where they come from, for people.
-        sha256: hex digest over names and contents, in order.
-        num_bytes: size of all texts in UTF-8.
+      documents: the texts; none is empty.
+      description: where they come from, for people.
+      sha256: hex digest over names and contents, in order.
+      num_bytes: size of all texts in UTF-8.
     """
 
     documents: tuple[Document, ...] = field(repr=False)
@@ -60,7 +60,7 @@ def stdlib_corpus() -> Corpus:
     build or an installation generates are left out, so that the same Python gives the same corpus.
 
     Raises:
-        InputError: the library is installed without its sources.
+      InputError: the library is installed without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = _walk(root, skip_directory=lambda name: name in _NOT_THE_LIBRARY or name.startswith("config-"))
@@ -82,7 +82,7 @@ def read_corpus(path: Path | str) -> Corpus:
     over, and files that are not UTF-8 are skipped with a warning that counts them.
 
     Raises:
-        InputError: nothing is there, it cannot be read, it is not UTF-8, or it holds no text.
+      InputError: nothing is there, it cannot be read, it is not UTF-8, or it holds no text.
     """
     path = Path(path)
     try:
@@ -141,7 +141,7 @@ def _read_documents(root: Path, paths: Iterable[Path]) -> list[Document]:
         if text.strip():
             documents.append(Document(path.relative_to(root).as_posix(), text))
     if num_skipped:
-        logger.warning("skipped %d files below %s that cannot be read as UTF-8 text", num_skipped, root)
+        _logger.warning("skipped %d files below %s that cannot be read as UTF-8 text", num_skipped, root)
     return documents
 
 

@@ -17,7 +17,7 @@ from jaxchunk.data.corpus import Corpus, corpus_of, read_corpus, stdlib_corpus
 from jaxchunk.data.examples import Examples, encode_examples, is_examples, read_records, texts_of
 from jaxchunk.data.tokenizer import (
     encode_documents,
-    load_tokenizer,
+    load_fitting_tokenizer,
     max_token_id,
     separator_id,
     tokenizer_path,
@@ -26,7 +26,7 @@ from jaxchunk.data.tokenizer import (
 from jaxchunk.data.tokens import TokenFile, open_tokens, token_dtype, write_tokens
 from jaxchunk.errors import InputError
 
-logger = logging.getLogger("jaxchunk.data")
+_logger = logging.getLogger("jaxchunk.data")
 
 MAX_TRAINED_VOCAB_SIZE = 32768
 """Largest BPE that is trained here; beyond it a corpus of this kind has few merges left worth an entry."""
@@ -42,15 +42,15 @@ class Dataset:
     """A stream of token ids and where it came from.
 
     Attributes:
-        tokens: the ids, uint16 or uint32; a read-only memory map where they come from a file.
-        vocab_size: every id is below it.
-        description: the source, for people.
-        sha256: hex digest of the ids' bytes.
-        tokenizer_path: the `tokenizer.json` that turns ids back into text; None where there is none.
-        num_bytes: UTF-8 bytes of the text (for bits per byte); None where that is not known.
-        separator_id: the id that ends each document; None where there is none.
-        corpus_sha256: hex digest of the text (`Corpus.sha256`); None where there was no text.
-        examples: where examples begin in `tokens` and what of them is to be learnt; None for one running text.
+      tokens: the ids, uint16 or uint32; a read-only memory map where they come from a file.
+      vocab_size: every id is below it.
+      description: the source, for people.
+      sha256: hex digest of the ids' bytes.
+      tokenizer_path: the `tokenizer.json` that turns ids back into text; None where there is none.
+      num_bytes: UTF-8 bytes of the text (for bits per byte); None where that is not known.
+      separator_id: the id that ends each document; None where there is none.
+      corpus_sha256: hex digest of the text (`Corpus.sha256`); None where there was no text.
+      examples: where examples begin in `tokens` and what of them is to be learnt; None for one running text.
     """
 
     tokens: UInt[np.ndarray, " N"] = field(repr=False)
@@ -75,18 +75,18 @@ def load_dataset(
     """Returns the tokens that `data` names; slow work is done once and cached.
 
     Args:
-        data: None for the standard library of the running Python; "synthetic" for uniformly random tokens;
-            else the path of a `.bin` file of tokens, of a `.jsonl` file of examples (`examples.FORMS`), of a text file,
-            or of a directory with text files.
-        tokenizer: path of a `tokenizer.json`; None trains a byte-level BPE of at most
-            `MAX_TRAINED_VOCAB_SIZE` entries on the text. For messages, its chat template is the one beside it.
-        vocab_size: the model's; the data may use less of it, never more.
-        cache_dir: where the trained tokenizer and the tokens are kept; None for `default_cache_dir()`.
-        seed: of the synthetic tokens.
+      data: None for the standard library of the running Python; "synthetic" for uniformly random tokens;
+        else the path of a `.bin` file of tokens, of a `.jsonl` file of examples (`examples.FORMS`), of a text file,
+        or of a directory with text files.
+      tokenizer: path of a `tokenizer.json`; None trains a byte-level BPE of at most
+        `MAX_TRAINED_VOCAB_SIZE` entries on the text. For messages, its chat template is the one beside it.
+      vocab_size: the model's; the data may use less of it, never more.
+      cache_dir: where the trained tokenizer and the tokens are kept; None for `default_cache_dir()`.
+      seed: of the synthetic tokens.
 
     Raises:
-        InputError: the data or the tokenizer is missing, damaged, empty or too large for the vocabulary, or
-            the cache cannot be written.
+      InputError: the data or the tokenizer is missing, damaged, empty or too large for the vocabulary, or
+        the cache cannot be written.
     """
     token_dtype(vocab_size)  # Raises on a size that no data can have.
     if data == "synthetic":
@@ -117,7 +117,7 @@ def synthetic_dataset(vocab_size: int, seed: int, num_tokens: int = NUM_SYNTHETI
     """Returns uniformly random tokens: nothing to learn, nothing to read, for benchmarks.
 
     Raises:
-        InputError: the seed is negative, or the vocabulary size is not within 1..2^31.
+      InputError: the seed is negative, or the vocabulary size is not within 1..2^31.
     """
     if seed < 0:
         raise InputError(f"the seed is {seed}: it needs to be 0 or larger")
@@ -136,7 +136,7 @@ def _from_token_file(path: Path, tokenizer: str | Path | None, vocab_size: int) 
         )
     separator = None
     if tokenizer is not None:
-        separator = separator_id(_load_fitting_tokenizer(Path(tokenizer), vocab_size))
+        separator = separator_id(load_fitting_tokenizer(tokenizer, vocab_size))
     return Dataset(
         tokens=token_file.tokens,
         vocab_size=token_file.vocab_size,
@@ -180,23 +180,10 @@ def _tokenizer_for(
 ) -> tuple[Path, tokenizers.Tokenizer]:
     """The tokenizer that is given, or one that is trained on the text, with `markers` as special tokens of its own."""
     if tokenizer is not None:
-        return Path(tokenizer), _load_fitting_tokenizer(Path(tokenizer), vocab_size)
+        return Path(tokenizer), load_fitting_tokenizer(tokenizer, vocab_size)
     bpe_size = min(vocab_size, MAX_TRAINED_VOCAB_SIZE)
     loaded = train_or_load_tokenizer(corpus, bpe_size, cache_dir, markers)
     return tokenizer_path(corpus, bpe_size, cache_dir, markers), loaded
-
-
-def _load_fitting_tokenizer(path: Path, vocab_size: int) -> tokenizers.Tokenizer:
-    tokenizer = load_tokenizer(path)
-    largest = max_token_id(tokenizer)
-    if largest < 0:
-        raise InputError(f"the tokenizer {path} has an empty vocabulary: give one that was trained")
-    if largest >= vocab_size:
-        raise InputError(
-            f"the tokenizer {path} has ids up to {largest}, but the model's vocabulary has {vocab_size} entries: "
-            f"choose a model with at least {largest + 1} or a smaller tokenizer"
-        )
-    return tokenizer
 
 
 def _tokens_of(corpus: Corpus, tokenizer: tokenizers.Tokenizer, cache_dir: Path) -> TokenFile:
@@ -208,8 +195,8 @@ def _tokens_of(corpus: Corpus, tokenizer: tokenizers.Tokenizer, cache_dir: Path)
         try:
             return open_tokens(path)
         except InputError as error:
-            logger.warning("rebuilding the cached tokens: %s", error)
-    logger.info("tokenising %.1f MB ...", corpus.num_bytes / 1e6)
+            _logger.warning("rebuilding the cached tokens: %s", error)
+    _logger.info("tokenising %.1f MB ...", corpus.num_bytes / 1e6)
     write_tokens(path, _non_empty(encode_documents(tokenizer, corpus.documents), corpus), max_token_id(tokenizer) + 1)
     return open_tokens(path)
 

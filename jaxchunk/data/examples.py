@@ -15,7 +15,7 @@ from jaxchunk.data.chat import ROLES, ChatTemplate, Part
 from jaxchunk.data.tokenizer import separator_id
 from jaxchunk.errors import InputError
 
-logger = logging.getLogger("jaxchunk.data")
+_logger = logging.getLogger("jaxchunk.data")
 
 FORMS = '{"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
@@ -25,9 +25,9 @@ class Examples:
     """Examples one after the other, each to be learnt by itself.
 
     Attributes:
-        tokens: the ids of all of them.
-        learnt: which of them a model is to learn to give: answers with their end, not prompts.
-        starts: where each example begins in `tokens`, and the end of the last.
+      tokens: the ids of all of them.
+      learnt: which of them a model is to learn to give: answers with their end, not prompts.
+      starts: where each example begins in `tokens`, and the end of the last.
     """
 
     tokens: UInt32[np.ndarray, " N"] = field(repr=False)
@@ -52,11 +52,11 @@ def read_records(path: Path, needed: tuple[str, ...] = ("prompt", "completion"))
     """The lines of a JSONL file of examples, checked; empty lines are passed over.
 
     Args:
-        path: the file.
-        needed: what a line with a prompt or a completion must have.
+      path: the file.
+      needed: what a line with a prompt or a completion must have.
 
     Raises:
-        InputError: the file cannot be read, has no example, or a line is not one of `FORMS`; with the line's number.
+      InputError: the file cannot be read, has no example, or a line is not one of `FORMS`; with the line's number.
     """
     try:
         content = path.read_bytes().decode()
@@ -147,13 +147,13 @@ def encode_examples(
     stand, as in transformers; in prompts, completions and texts their names are ordinary text.
 
     Args:
-        records: as from `read_records`.
-        tokenizer: as from `load_tokenizer`.
-        template: gives the chat template; called where there are messages.
-        path: the file, for messages.
+      records: as from `read_records`.
+      tokenizer: as from `load_tokenizer`.
+      template: gives the chat template; called where there are messages.
+      path: the file, for messages.
 
     Raises:
-        InputError: the template is missing or refuses a conversation, or nothing at all is to be learnt.
+      InputError: the template is missing or refuses a conversation, or nothing at all is to be learnt.
     """
     rendered = [_render(record, template, f"{path}, example {number}: ") for number, record in enumerate(records, 1)]
     end, special = separator_id(tokenizer), _special_ids(tokenizer)
@@ -167,7 +167,7 @@ def encode_examples(
         tokens.append(np.array(ids[:useful], np.uint32))
         learnt.append(np.array(marks[:useful]))
     if num_empty:
-        logger.warning("left out %d of %d examples in %s with nothing to learn in them", num_empty, len(records), path)
+        _logger.warning("left out %d of %d examples in %s with nothing to learn in them", num_empty, len(records), path)
     if not tokens:
         raise InputError(f"{path} has nothing to learn: no example has a completion, a text or an assistant's turn")
     starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
@@ -180,7 +180,7 @@ def encode_prompt(
     """The tokens that a model is given to go on from; of messages the assistant's turn is left out where it is last.
 
     Raises:
-        InputError: the template is missing or refuses the conversation.
+      InputError: the template is missing or refuses the conversation.
     """
     if messages := record.get("messages"):
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -21,11 +21,11 @@ def best_fit(lengths: Iterable[int], capacity: int) -> list[list[int]]:
     """Packs items into rows, each where it leaves the least room, in the order in which they come (arXiv:2404.10830).
 
     Args:
-        lengths: of the items, each from 1 to `capacity`.
-        capacity: of a row.
+      lengths: of the items, each from 1 to `capacity`.
+      capacity: of a row.
 
     Returns:
-        The numbers of the items in each row. About a microsecond an item.
+      The numbers of the items in each row. About a microsecond an item.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room that is left in them
@@ -58,9 +58,9 @@ class PackedRows:
         """Packs examples in the order of `chosen`.
 
         Args:
-            examples: all of them.
-            seq_len: S, positions in a row.
-            chosen: the numbers of those to pack, each with something to learn in its first S + 1 tokens.
+          examples: all of them.
+          seq_len: S, positions in a row.
+          chosen: the numbers of those to pack, each with something to learn in its first S + 1 tokens.
         """
         self.examples = examples
         self.seq_len = seq_len
@@ -117,11 +117,11 @@ def fit_examples(examples: Examples, chosen: Integer[np.ndarray, " E"], seq_len:
     """Sorts out what sequences of `seq_len` have room for.
 
     Returns:
-        The numbers of the examples that can be learnt from; how many of these are cut at the end; how many are left
-        out, because they are cut before anything that is to be learnt.
+      The numbers of the examples that can be learnt from; how many of these are cut at the end; how many are left
+      out, because they are cut before anything that is to be learnt.
 
     Raises:
-        InputError: none is left.
+      InputError: none is left.
     """
     starts = examples.starts[chosen]
     lengths = np.diff(examples.starts)[chosen]

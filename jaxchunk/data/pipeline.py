@@ -13,7 +13,7 @@ from jaxchunk.data.examples import Examples
 from jaxchunk.data.packing import IGNORE_INDEX, PackedEpochs, PackedRows, fit_examples
 from jaxchunk.errors import InputError
 
-logger = logging.getLogger("jaxchunk.data")
+_logger = logging.getLogger("jaxchunk.data")
 
 Batch: TypeAlias = dict[str, Int32[np.ndarray, "B S"]]
 """`tokens` and `labels`, and `segment_ids` where rows hold packed examples; C-contiguous."""
@@ -72,13 +72,13 @@ def split(
     parts. Of examples it is some of them, from everywhere. Examples are packed; how many do not fit is told.
 
     Args:
-        dataset: the tokens.
-        seq_len: S, the number of labels in a window or row.
-        validation_fraction: of the tokens or examples that is held out; never less than one window or example.
-        held_out: data to validate on instead, all of it; then nothing of `dataset` is held out.
+      dataset: the tokens.
+      seq_len: S, the number of labels in a window or row.
+      validation_fraction: of the tokens or examples that is held out; never less than one window or example.
+      held_out: data to validate on instead, all of it; then nothing of `dataset` is held out.
 
     Raises:
-        InputError: an argument is out of range, or there is too little for a window or example in each part.
+      InputError: an argument is out of range, or there is too little for a window or example in each part.
     """
     if seq_len < 1:
         raise InputError(f"the sequence length is {seq_len}: it needs to be at least 1")
@@ -130,7 +130,7 @@ def _split_examples(examples: Examples, description: str, seq_len: int, validati
 def _pack(examples: Examples, chosen: np.ndarray, description: str, seq_len: int) -> PackedRows:
     fitting, num_cut, num_left_out = fit_examples(examples, chosen, seq_len)
     if num_cut or num_left_out:
-        logger.warning(
+        _logger.warning(
             "%s: of %d examples %d are longer than the %d tokens of a sequence and are cut at its end, %d more are "
             "left out because nothing to be learnt is within them",
             *(description, len(chosen), num_cut, seq_len + 1, num_left_out),
@@ -150,14 +150,14 @@ def train_batches(
     next.
 
     Args:
-        windows: the source, at least one window.
-        batch_size: B, the number of windows in a batch.
-        seed: of the shuffle, any integer from 0.
-        rows: which windows of each batch to load, where other processes load the others; None for all of them. The
-            order of all of them, and the state, do not depend on it.
+      windows: the source, at least one window.
+      batch_size: B, the number of windows in a batch.
+      seed: of the shuffle, any integer from 0.
+      rows: which windows of each batch to load, where other processes load the others; None for all of them. The
+        order of all of them, and the state, do not depend on it.
 
     Raises:
-        InputError: an argument is out of range.
+      InputError: an argument is out of range.
     """
     _check_batching(windows, batch_size)
     if seed < 0:
@@ -195,13 +195,13 @@ def validation_batches(
     `IGNORE_INDEX`, so that all batches have one shape.
 
     Args:
-        windows: the source, at least one window.
-        batch_size: B, the number of rows in a batch.
-        max_batches: give at most so many batches, of windows spread evenly over all; None for all.
-        rows: which of the rows of each batch to load; None for all of them.
+      windows: the source, at least one window.
+      batch_size: B, the number of rows in a batch.
+      max_batches: give at most so many batches, of windows spread evenly over all; None for all.
+      rows: which of the rows of each batch to load; None for all of them.
 
     Raises:
-        InputError: an argument is out of range.
+      InputError: an argument is out of range.
     """
     _check_batching(windows, batch_size)
     if max_batches is not None and max_batches < 1:

@@ -15,7 +15,7 @@ from jaxchunk.data.cache import atomic_write, is_cached
 from jaxchunk.data.corpus import Corpus, Document
 from jaxchunk.errors import InputError
 
-logger = logging.getLogger("jaxchunk.data")
+_logger = logging.getLogger("jaxchunk.data")
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -38,13 +38,13 @@ def train_or_load_tokenizer(
     """Returns the byte-level BPE of `corpus`, trained on first use and kept in `cache_dir`.
 
     Args:
-        corpus: the text to train on.
-        vocab_size: most entries it may have; a small corpus can give fewer.
-        cache_dir: where the file `tokenizer_path(corpus, vocab_size, cache_dir, markers)` is kept.
-        markers: special tokens besides the end of a text, such as those of a chat.
+      corpus: the text to train on.
+      vocab_size: most entries it may have; a small corpus can give fewer.
+      cache_dir: where the file `tokenizer_path(corpus, vocab_size, cache_dir, markers)` is kept.
+      markers: special tokens besides the end of a text, such as those of a chat.
 
     Raises:
-        InputError: `vocab_size` is below `MIN_VOCAB_SIZE` and the number of markers, or the cache cannot be written.
+      InputError: `vocab_size` is below `MIN_VOCAB_SIZE` and the number of markers, or the cache cannot be written.
     """
     if vocab_size < (needed := MIN_VOCAB_SIZE + len(markers)):
         raise InputError(
@@ -57,10 +57,10 @@ def train_or_load_tokenizer(
             tokenizer = load_tokenizer(path)
             if max_token_id(tokenizer) < vocab_size:
                 return tokenizer
-            logger.warning("rebuilding the cached tokenizer %s: it has too many tokens", path)
+            _logger.warning("rebuilding the cached tokenizer %s: it has too many tokens", path)
         except InputError as error:
-            logger.warning("rebuilding the cached tokenizer: %s", error)
-    logger.info("training a %d-token BPE on %.1f MB ...", vocab_size, corpus.num_bytes / 1e6)
+            _logger.warning("rebuilding the cached tokenizer: %s", error)
+    _logger.info("training a %d-token BPE on %.1f MB ...", vocab_size, corpus.num_bytes / 1e6)
     tokenizer = _train(corpus, vocab_size, markers)
     with atomic_write(path) as file:
         file.write(tokenizer.to_str(pretty=True).encode())
@@ -81,7 +81,7 @@ def load_tokenizer(path: Path | str) -> tokenizers.Tokenizer:
     short), and with the names of special tokens in a text encoded as the ordinary text they are there.
 
     Raises:
-        InputError: the file is missing, or is not a tokenizer.
+      InputError: the file is missing, or is not a tokenizer.
     """
     path = Path(path)
     try:
@@ -100,6 +100,24 @@ def load_tokenizer(path: Path | str) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_fitting_tokenizer(path: Path | str, vocab_size: int) -> tokenizers.Tokenizer:
+    """Reads a `tokenizer.json` for a model with a vocabulary of `vocab_size` entries.
+
+    Raises:
+      InputError: as `load_tokenizer`; or it has no tokens, or an id without an entry.
+    """
+    tokenizer = load_tokenizer(path)
+    largest = max_token_id(tokenizer)
+    if largest < 0:
+        raise InputError(f"the tokenizer {path} has an empty vocabulary: give one that was trained")
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer {path} has ids up to {largest}, but the model's vocabulary has {vocab_size} entries: "
+            f"choose a model with at least {largest + 1} or a smaller tokenizer"
+        )
     return tokenizer
 
 
@@ -129,7 +147,7 @@ def encode_documents(
     many small ones need more memory than a block.
 
     Raises:
-        InputError: the tokenizer refuses a text (a word-level one without an unknown token, say).
+      InputError: the tokenizer refuses a text (a word-level one without an unknown token, say).
     """
     separator = separator_id(tokenizer)
     tail = np.array([] if separator is None else [separator], np.uint32)

@@ -40,10 +40,10 @@ class TokenFile:
     """A checked `.bin` file.
 
     Attributes:
-        tokens: the ids, a read-only memory map of uint16 or uint32.
-        vocab_size: every id is below it.
-        sha256: hex digest of the ids' bytes.
-        path: where the file is.
+      tokens: the ids, a read-only memory map of uint16 or uint32.
+      vocab_size: every id is below it.
+      sha256: hex digest of the ids' bytes.
+      path: where the file is.
     """
 
     tokens: UInt[np.ndarray, " N"] = field(repr=False)
@@ -56,7 +56,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     """Returns the smallest dtype of the format that holds every id below `vocab_size`.
 
     Raises:
-        InputError: `vocab_size` is not within 1..2^31.
+      InputError: `vocab_size` is not within 1..2^31.
     """
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(f"the vocabulary size is {vocab_size}: it needs to be from 1 to 2^31")
@@ -71,13 +71,13 @@ def write_tokens(
     """Writes a `.bin` file whole or not at all, over an old one of that name.
 
     Args:
-        path: where to write it.
-        tokens: the ids, in one array or a stream of arrays (which need not fit into memory).
-        vocab_size: every id must be below it.
+      path: where to write it.
+      tokens: the ids, in one array or a stream of arrays (which need not fit into memory).
+      vocab_size: every id must be below it.
 
     Raises:
-        InputError: there are no ids, one is not an integer or not in the vocabulary, or the file cannot be
-            written (nothing is left of it then, and an old file stays).
+      InputError: there are no ids, one is not an integer or not in the vocabulary, or the file cannot be
+        written (nothing is left of it then, and an old file stays).
     """
     dtype = token_dtype(vocab_size)
     blocks = [tokens] if isinstance(tokens, np.ndarray) else tokens
@@ -102,8 +102,8 @@ def open_tokens(path: Path | str) -> TokenFile:
     """Opens a `.bin` file, after reading all of it once to check it.
 
     Raises:
-        InputError: it is missing, of another format or version, truncated, changed since it was written, or
-            holds an id outside its vocabulary. The message says what was found and what is needed.
+      InputError: it is missing, of another format or version, truncated, changed since it was written, or
+        holds an id outside its vocabulary. The message says what was found and what is needed.
     """
     path = Path(path)
     try:

@@ -228,9 +228,10 @@ def next_token(logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Samplin
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         order = jnp.argsort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        ordered = jnp.take_along_axis(logits, order, axis=-1)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities  # what more probable tokens have together
-        kept = jnp.where(before < sampling.top_p, jnp.take_along_axis(logits, order, axis=-1), -jnp.inf)
+        kept = jnp.where(before < sampling.top_p, ordered, -jnp.inf)
         place = jax.random.categorical(key, kept, axis=-1)
         return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

@@ -188,7 +188,6 @@ def lower_layers(
     *,
     execution: Execution,
     num_chunks: int,
-    cache_size: int | None = None,
 ) -> list[jax.stages.Lowered]:
     """The programs of one layer that `prefill` calls for prompts of `shape` [B, S], one for each chunk, lowered.
 
@@ -197,9 +196,8 @@ def lower_layers(
     """
     B, S = shape
     rows, count = split_rows(S, num_chunks)
-    size = S if cache_size is None else cache_size
     layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params["layers"][0])
-    memory = jax.ShapeDtypeStruct((B, size, config.num_key_value_heads, config.head_dim), execution.compute_dtype)
+    memory = jax.ShapeDtypeStruct((B, S, config.num_key_value_heads, config.head_dim), execution.compute_dtype)
 
     def lower(start: int) -> jax.stages.Lowered:
         x = jax.ShapeDtypeStruct((B, min(rows, S - start), config.hidden_size), execution.compute_dtype)

@@ -5,29 +5,12 @@ from pathlib import Path
 
 import tokenizers
 
-from jaxchunk.data import load_tokenizer
 from jaxchunk.data.chat import Message, load_template
 from jaxchunk.data.examples import encode_prompt
-from jaxchunk.data.tokenizer import max_token_id, stop_ids
+from jaxchunk.data.tokenizer import stop_ids
 from jaxchunk.errors import InputError
-from jaxchunk.models.qwen2 import Qwen2Config
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
-
-
-def fitting_tokenizer(path: Path, model: Qwen2Config) -> tokenizers.Tokenizer:
-    """Reads a `tokenizer.json`.
-
-    Raises:
-      InputError: it cannot be read, or has ids that the model's vocabulary does not have.
-    """
-    tokenizer = load_tokenizer(path)
-    if (largest := max_token_id(tokenizer)) >= model.vocab_size:
-        raise InputError(
-            f"the tokenizer {path} has ids up to {largest}, and the model's vocabulary {model.vocab_size} entries; "
-            "they do not belong together"
-        )
-    return tokenizer
 
 
 def encode(
@@ -37,7 +20,7 @@ def encode(
 
     Args:
       text: what to go on from; with `chat` what the user says.
-      tokenizer: from `fitting_tokenizer`.
+      tokenizer: as from `data.load_fitting_tokenizer`.
       tokenizer_path: its file; the chat template is looked for beside it.
       chat: whether the text is put into the chat template, with the words that ask for an answer.
       system: the system's message in the chat; None leaves it to the template.

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import checks, chunked, differentiation, dispatch, label_offset, reference, sharding
+from jaxchunk.lm_head.chunks import split_rows
 from jaxchunk.lm_head.metrics import LMHeadMetrics, metrics_of, undifferentiable
 from jaxchunk.lm_head.rows import RowOptions, statistics_dtype
 from jaxchunk.lm_head.sharding import AxisNames, Placement
@@ -205,15 +206,6 @@ def token_log_probs(
         vocab_axis=vocab_axis,
     )
     return 0 - losses  # not -losses: the log-probability of a certain or ignored label is 0, and not -0
-
-
-def split_rows(num_tokens: int, num_chunks: int, multiple: int = 1) -> tuple[int, int]:
-    """Rows in a chunk and number of chunks: as even as can be, never more than `num_chunks`, none empty.
-
-    Rounding the rows up, also to a multiple, may leave fewer chunks than asked for: 10 tokens in 7 chunks are 5 of 2.
-    """
-    chunk_rows = -(-num_tokens // (num_chunks * multiple)) * multiple
-    return chunk_rows, -(-num_tokens // chunk_rows)
 
 
 class Operands(NamedTuple):

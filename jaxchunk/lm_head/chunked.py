@@ -124,9 +124,7 @@ def _gradients(
       row_weight: w.
       statistics: where they are known already, of the same operands.
     """
-    dx_dtype = types.hidden.dtype
-    if config.vocab_axes:  # dX is still to be summed, and rounding comes last
-        dx_dtype = max(jnp.dtype(dx_dtype), jnp.dtype(config.accum_dtype), key=lambda dtype: dtype.itemsize)
+    dx_dtype = types.hidden.dtype_per_device(config.accum_dtype, config.vocab_axes)
     W = weight.astype(config.compute_dtype)
     kernels, options = config.row_kernels, config.row_options
     if config.weighted:
@@ -159,8 +157,8 @@ def _gradients(
             for shape, is_wanted in ((W.shape, wanted.weight), (W.shape[config.vocab_dim], wanted.bias))
         )
     (dW, db), (results, dx) = scan_chunks(step, carry, config.chunk_rows, hidden, labels, row_weight, statistics)
-    if dW is not None and types.weight.varying == varying_axes(dW):
-        dW = dW.astype(types.weight.dtype)  # nothing is left to sum: kept as small as it will be
+    if dW is not None:
+        dW = types.weight.shrunk(dW)
     if db is not None and options.logit_scale != 1.0:
         db = db / options.logit_scale
     return results, (dx, dW, db)

@@ -1,4 +1,4 @@
-"""What chunked implementations share: the loop over token chunks, and what is done to a chunk's rows and labels."""
+"""What chunked implementations share: how tokens are cut, the loop over chunks, what is done to rows and labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
+
+
+def split_rows(num_tokens: int, num_chunks: int, multiple: int = 1) -> tuple[int, int]:
+    """Rows in a chunk and number of chunks: as even as can be, never more than `num_chunks`, none empty.
+
+    Rounding the rows up, also to a multiple, may leave fewer chunks than asked for: 10 tokens in 7 chunks are 5 of 2.
+    """
+    chunk_rows = -(-num_tokens // (num_chunks * multiple)) * multiple
+    return chunk_rows, -(-num_tokens // chunk_rows)
 
 
 def scan_chunks(
@@ -108,6 +117,11 @@ def matmul(a: Array, b: Array, contract: tuple[int, int], out_dtype: DTypeLike) 
     exact = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=out_dtype)
+
+
+def wider(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
+    """The dtype with more bytes; the first of two alike."""
+    return max(jnp.dtype(a), jnp.dtype(b), key=lambda dtype: dtype.itemsize)
 
 
 def added(total: Array | None, update: Array) -> Array:

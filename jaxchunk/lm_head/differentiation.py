@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from jaxchunk.lm_head.chunks import live_labels
+from jaxchunk.lm_head.chunks import live_labels, wider
 from jaxchunk.lm_head.rows import RowResults
 from jaxchunk.lm_head.varying import summed_to, varying_axes
 
@@ -150,6 +150,14 @@ class OperandType:
     def gradient(self, value: Array) -> Array:
         """A gradient as the operand's cotangent: summed over the devices that share the operand, then rounded."""
         return summed_to(value, self.varying).astype(self.dtype)
+
+    def dtype_per_device(self, accum_dtype: DTypeLike, shared_over: tuple[str, ...]) -> jnp.dtype:
+        """Of a device's part of the gradient: where it is still to be summed over mesh axes, rounding comes last."""
+        return wider(self.dtype, accum_dtype) if shared_over else jnp.dtype(self.dtype)
+
+    def shrunk(self, value: Array) -> Array:
+        """A device's part of the gradient; where nothing is left to sum, as small as it will be."""
+        return value.astype(self.dtype) if self.varying == varying_axes(value) else value
 
 
 class Types(NamedTuple):

@@ -217,14 +217,8 @@ def check_placement(choice: Choice, placement: Placement) -> None:
 
 
 def default_platform() -> str:
-    """The platform that traced code is meant for: an abstract mesh's device, the default device, the backend's."""
-    abstract_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract_device is not None:
-        return abstract_device.platform
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    """The platform that traced code is meant for."""
+    return target_device().platform
 
 
 @functools.cache

@@ -32,7 +32,6 @@ from jaxchunk.lm_head.kernels import Exponentials
 from jaxchunk.lm_head.label_rows import add_label_rows
 from jaxchunk.lm_head.offset_rows import COMMON_RISE, LARGEST_SUM, OffsetStatistics
 from jaxchunk.lm_head.rows import RowOptions, RowResults
-from jaxchunk.lm_head.varying import varying_axes
 
 _ROWS_SET_ASIDE = 1024  # at most so many are gone through at a time
 
@@ -109,9 +108,7 @@ def _gradients(
 ) -> tuple[RowResults, tuple[Array | None, Array | None, Array | None]]:
     """Results, and gradients of `sum_t row_weight[t] * loss[t]`, as `LossConfig` says."""
     options, vocab_axes, dtype = config.row_options, config.vocab_axes, config.compute_dtype
-    dx_dtype = types.hidden.dtype
-    if vocab_axes:  # dX is still to be summed, and rounding comes last
-        dx_dtype = max(jnp.dtype(dx_dtype), jnp.dtype(config.accum_dtype), key=lambda dtype: dtype.itemsize)
+    dx_dtype = types.hidden.dtype_per_device(config.accum_dtype, vocab_axes)
     W = weight.astype(dtype)
     z_mean_of = _mean_logits(config, W, bias)
     W_sum = jnp.sum(W, axis=0, dtype=config.accum_dtype) if options.label_smoothing else None
@@ -152,8 +149,7 @@ def _gradients(
         dW = config.add_label_rows(dW, own, h, x)
         if u is not None:
             dW = dW - jnp.sum(u[:, None] * x.astype(u.dtype), axis=0)[None]
-        if types.weight.varying == varying_axes(dW):
-            dW = dW.astype(types.weight.dtype)  # nothing is left to sum: kept as small as it will be
+        dW = types.weight.shrunk(dW)
     if db is not None:
         db = add_label_rows(db[:, None], own, h, jnp.ones_like(h)[:, None])[:, 0]
         db = (db if u is None else db - jnp.sum(u)) / options.logit_scale

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxchunk.lm_head.chunks import wider
 from jaxchunk.lm_head.rows import RowOptions, RowResults, statistics_dtype
 
 
@@ -20,7 +21,7 @@ def token_losses(
 
     float32 or wider, whatever comes in; rows with label -1 contribute nothing.
     """
-    dtype = statistics_dtype(max(hidden.dtype, weight.dtype, key=lambda dtype: dtype.itemsize))
+    dtype = statistics_dtype(wider(hidden.dtype, weight.dtype))
     # A row of weight 0 keeps its loss, for the gradient of its weight, unless there is none to speak of.
     live = (labels >= 0) & ((row_weight != 0) | jnp.all(jnp.isfinite(hidden), axis=-1))
     x = jnp.where(live[:, None], hidden, 0).astype(dtype)

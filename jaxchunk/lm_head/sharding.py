@@ -193,10 +193,10 @@ def _check_division(
         names = ", ".join(map(repr, axes))
         raise ValueError(f"{option} is {names} and hidden has shape [D]; there is no dimension of tokens to shard")
     for size, entry in zip(shape, spec, strict=False):
-        devices = math.prod(mesh.shape[axis] for axis in _entry(entry))
-        if size % devices:
+        count = devices(mesh, _entry(entry))
+        if size % count:
             names = ", ".join(map(repr, _entry(entry)))
-            raise ValueError(f"{option} is {names}: its {devices} devices do not divide the {what} {size}")
+            raise ValueError(f"{option} is {names}: its {count} devices do not divide the {what} {size}")
 
 
 def _axes_in_words(mesh: Any) -> str:

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,8 @@ import tyro
 from tqdm import tqdm
 
 from jaxchunk import environment
-from jaxchunk.errors import InputError
+from jaxchunk.device_memory import is_out_of_memory
+from jaxchunk.errors import InputError, first_line
 from jaxchunk.measuring import preflight
 from jaxchunk.measuring.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
 from jaxchunk.run_dir import RunDirectory, new_run_path, read_json_lines
@@ -172,10 +173,11 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        said = str(error).splitlines()[0]
-        raise InputError(f"the device has too little memory for this shape ({said}); use a smaller one") from None
+        raise InputError(
+            f"the device has too little memory for this shape ({first_line(error)}); use a smaller one"
+        ) from None
 
 
 def read_measurements(path: Path) -> list[Measurement]:
@@ -272,21 +274,36 @@ def _conditions(
 
 
 def _check_same(directory: RunDirectory, benchmark: Benchmark) -> None:
-    before = directory.read_json("config.json")
-    if before is None:
-        return
     name = (directory.read_json("run.json") or {}).get("benchmark")
     if name not in (None, benchmark.name):
         raise InputError(f"--continue: the run in {directory.path} is of the benchmark {name}, not of {benchmark.name}")
-    now = json.loads(json.dumps(dataclasses.asdict(benchmark.config)))
-    for name in now:
-        if name not in _FREE and before.get(name) != now[name]:
+    flags = json.loads(json.dumps(dataclasses.asdict(benchmark.config)))
+    fixed = {name: value for name, value in flags.items() if name not in _FREE}
+    check_unchanged(directory, fixed, jax.devices()[0].device_kind)
+
+
+def check_unchanged(directory: RunDirectory, fixed: Mapping[str, Any], device_kind: str) -> None:
+    """Refuses to go on with a run that has other flags, or was begun on another device.
+
+    Args:
+      directory: of the run.
+      fixed: flags that must be as they were, as JSON has them.
+      device_kind: JAX's name of the device now.
+
+    Raises:
+      InputError: naming what differs.
+    """
+    before = directory.read_json("config.json")
+    if before is None:
+        return
+    for name, value in fixed.items():
+        if before.get(name) != value:
             raise InputError(
-                f"--continue: the run in {directory.path} has --{name} {before.get(name)}, and now it is {now[name]}"
+                f"--continue: the run in {directory.path} has --{name} {before.get(name)}, and now it is {value}"
             )
-    kind, before_kind = jax.devices()[0].device_kind, (directory.read_json("env.json") or {}).get("device_kind")
-    if before_kind not in (None, kind):
-        raise InputError(f"--continue: the run in {directory.path} was begun on {before_kind}, and this is {kind}")
+    begun_on = (directory.read_json("env.json") or {}).get("device_kind")
+    if begun_on not in (None, device_kind):
+        raise InputError(f"--continue: the run in {directory.path} was begun on {begun_on}, and this is {device_kind}")
 
 
 def _warn_of_changes(directory: RunDirectory, about: dict[str, Any]) -> None:

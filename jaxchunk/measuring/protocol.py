@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxchunk.stop import no_stop
 from jaxchunk.telemetry import AnyMonitor, CompletionWatcher, CrossCheck, Window
 
 _TICK_TIMEOUT_S = 1.0
@@ -130,12 +131,8 @@ class Measurement:
     factors: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _never() -> None:
-    """Nobody asks for a stop."""
-
-
 def settle(
-    variants: Sequence[Variant], monitor: AnyMonitor, protocol: Protocol, *, check: Callable[[], None] = _never
+    variants: Sequence[Variant], monitor: AnyMonitor, protocol: Protocol, *, check: Callable[[], None] = no_stop
 ) -> Conditions:
     """Runs every variant once, counts the calls of a window, and heats the device up to the common temperature.
 
@@ -183,7 +180,7 @@ def measure(
     *,
     done: Sequence[Measurement] = (),
     piece: int = 0,
-    check: Callable[[], None] = _never,
+    check: Callable[[], None] = no_stop,
 ) -> Iterator[Measurement]:
     """Measures every variant `repeats` times, yielding each measurement as it is made.
 

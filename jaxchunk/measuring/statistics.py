@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxchunk.measuring.protocol import Measurement
+
+_RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
@@ -28,13 +30,13 @@ class Interval(NamedTuple):
         return f"{median}{unit} ({low} to {high})" if is_known else f"{median}{unit}"
 
 
-def bootstrap_median(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap_median(values: Sequence[float]) -> Interval:
     """Median of the values with the percentile bootstrap's 95% interval (Efron, 1979).
 
     Of five values it is about their range, which holds the true median in 94% of cases; fewer say less.
     """
     data = np.asarray(values, float)
-    picks = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
+    picks = np.random.default_rng(0).integers(0, len(data), (_RESAMPLES, len(data)))
     low, high = np.percentile(np.median(data[picks], axis=1), [2.5, 97.5])
     return Interval(float(np.median(data)), float(low), float(high))
 
@@ -93,6 +95,14 @@ def ratio_of_best(
         if elsewhere:
             chosen.append(by_variant[min(elsewhere, key=elsewhere.__getitem__)][repeat])
     return bootstrap_median(chosen) if chosen else None
+
+
+def energy_caveats(own: Sequence[Measurement]) -> dict[str, Any]:
+    """What must be known of the joules of a variant: the largest bound of a window's, and why one has none."""
+    return {
+        "energy_bound_j": max((m.energy_bound_j for m in own if m.energy_bound_j is not None), default=None),
+        "energy_null_reason": next((m.energy_null_reason for m in own if m.energy_null_reason), None),
+    }
 
 
 def _ratios_by_repeat(

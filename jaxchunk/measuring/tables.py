@@ -1,20 +1,28 @@
 """Markdown tables of summaries, whose cells are medians with intervals."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from jaxchunk.measuring.statistics import Interval
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 """A title, and the cell of a row."""
+_Item = TypeVar("_Item")
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """A table with a line a row."""
-    lines = [" | ".join(title for title, _ in columns), "|".join("---" for _ in columns)]
-    lines += [" | ".join(cell_of(row) for _, cell_of in columns) for row in rows]
-    return "\n".join([f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:])])
+def markdown(rows: Iterable[_Item], columns: Sequence[tuple[str, Callable[[_Item], str]]]) -> str:
+    """A table with a line a row: titles, and what makes each cell of a row."""
+    return markdown_of_cells(
+        [title for title, _ in columns], ([cell_of(row) for _, cell_of in columns] for row in rows)
+    )
+
+
+def markdown_of_cells(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are text already."""
+    rule = "|" + "---|" * len(titles)
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (titles, *lines))
+    return "\n".join([head, rule, *body])
 
 
 def as_dict(interval: Interval | None) -> dict[str, float] | None:

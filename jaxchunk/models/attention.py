@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxchunk.errors import first_line
 from jaxchunk.models.qwen2 import AttentionImplementation, Qwen2Config
 
 
@@ -50,5 +51,5 @@ def _cudnn_obstacle(config: Qwen2Config, seq_len: int, compute_dtype: DTypeLike,
     try:
         jax.jit(jax.grad(total, (0, 1, 2))).lower(*operands, mask).compile()
     except Exception as error:
-        return (str(error) or type(error).__name__).splitlines()[0][:120]
+        return first_line(error)[:120]
     return None

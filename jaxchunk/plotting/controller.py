@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxchunk.plotting.style import BLACK, BLUE, GREY, SMALL, VERMILION, new_panels, run_style, write_titles
+from jaxchunk.words import chunks_in_words
 
 
 def plot_controller(
@@ -28,7 +29,7 @@ def plot_controller(
     figure, axes = new_panels(4, height=1.5)
     minutes = np.array(bins["time_s"]) / 60
     for index, (name, rates) in enumerate(bins["throughput"].items()):
-        label = name if name == "adaptive" else f"{name} chunk{'s' if name != '1' else ''}"
+        label = name if name == "adaptive" else chunks_in_words(int(name))
         style = {"color": BLACK, "linewidth": 1.8} if name == "adaptive" else run_style(index) | {"linewidth": 1.0}
         axes[0].plot(minutes, rates, label=label, **style)
     axes[0].set_ylabel("steps/s")

@@ -17,6 +17,7 @@ from jaxchunk.plotting.style import (
     tidy,
     write_titles,
 )
+from jaxchunk.words import chunks_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +107,7 @@ def _square(axis: "Axes", x: float, y: float, color: str, role: str) -> None:
 def _over_time(axis: "Axes", recorded: Sequence["Recorded"], field: str, label: str, title: str) -> None:
     tidy(axis)
     for stretch, color in zip(recorded, (VERMILION, BLUE), strict=False):
-        name = f"{stretch.chunks} chunk{'s' if stretch.chunks > 1 else ''}"
+        name = chunks_in_words(stretch.chunks)
         axis.plot(stretch.time_s, getattr(stretch, field), color=color, linewidth=0.8, label=name)
     axis.set_xlabel("time (s)")
     axis.set_ylabel(label)

@@ -16,6 +16,7 @@ from jaxchunk.plotting.style import (
     new_panels,
     read_telemetry,
     run_style,
+    tidy,
 )
 from jaxchunk.run_dir import read_json_lines
 
@@ -114,8 +115,7 @@ def plot_comparison(run_paths: Sequence[Path], path: Path) -> Path | None:
             values = telemetry[name][shown]
             axis.plot(time_s[shown], values, color=color, linewidth=0.9)
             axis.text(0.03, 0.05, f"std {np.nanstd(values):.0f}", transform=axis.transAxes)
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
+            tidy(axis)
         axes[0, column].set_title(run_path.name, fontsize=10)
     axes[0, 0].set_ylabel("power (W)")
     axes[1, 0].set_ylabel("SM clock (MHz)")

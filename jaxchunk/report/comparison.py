@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxchunk.measuring.tables import markdown_of_cells
 from jaxchunk.report.run_records import RunRecords
 from jaxchunk.telemetry import THROTTLE_REASONS
 
@@ -20,12 +21,12 @@ class Cell(NamedTuple):
 def comparison_table(runs: Sequence[RunRecords]) -> str:
     """A Markdown table with a row for each run and a column for each of `QUANTITIES`; notes are left out."""
     header = ("run", "LM head", "chunks", *QUANTITIES)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = []
     for run in runs:
         head = run.config.get("lmhead_impl", UNKNOWN) or "by device", str(run.config.get("lmhead_chunks", UNKNOWN))
         cells = (quantity(run).text for quantity in QUANTITIES.values())
-        lines.append("| " + " | ".join([run.label.replace("|", r"\|"), *head, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([run.label.replace("|", r"\|"), *head, *cells])
+    return markdown_of_cells(header, lines)
 
 
 def _status(run: RunRecords) -> Cell:

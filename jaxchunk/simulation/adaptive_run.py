@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxchunk.simulation.devices import SimulatedGpu
 from jaxchunk.tuning.policy import Rules
 
 _BIN_S = 30.0
+_NOTICE: dict[str, Any] = {"what": "SIMULATION: nothing here was measured"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,59 +54,65 @@ def run(config: SimulateControllerConfig) -> dict[str, Any]:
       InputError: the device or a flag cannot be used.
     """
     gpu = devices.load(config.device)
+    _check(config)
+    gpu.phases("training", "random", max(config.candidates))  # says so at once where there is none
+    constant_s = gpu.profile.thermal.time_constant_s
+    rules = Rules(tuple(sorted(set(config.candidates))), thermal_constant_s=constant_s)
+    with RunDirectory(config.out_dir or new_run_path("simulate-controller"), overwrite=config.overwrite) as directory:
+        directory.write_json("config.json", dataclasses.asdict(config))
+        directory.write_json("env.json", {"jaxchunk": jaxchunk.__version__, "git_commit": environment.git_commit()})
+        simulate = _spread if config.spread else _compare
+        return simulate(config, gpu, rules, config.constants * constant_s, directory)
+
+
+def _check(config: SimulateControllerConfig) -> None:
     if not config.candidates or min(config.candidates) < 1:
         raise InputError(f"--candidates is {' '.join(map(str, config.candidates))}; give counts from 1 on")
     if not 1 <= config.constants < float("inf"):
         raise InputError(f"--constants is {config.constants}; it must be at least 1, and finite")
-    gpu.phases("training", "random", max(config.candidates))  # says so at once where there is none
-    constant_s = gpu.profile.thermal.time_constant_s
-    end_s = config.constants * constant_s
     if config.scenario not in adaptive.SCENARIOS:
         raise InputError(f"--scenario is {config.scenario}; choose from {', '.join(adaptive.SCENARIOS)}")
-    rules = Rules(tuple(sorted(set(config.candidates))), thermal_constant_s=constant_s)
-    if config.spread:
-        return _spread(config, gpu, rules, end_s)
+
+
+def _compare(
+    config: SimulateControllerConfig, gpu: SimulatedGpu, rules: Rules, end_s: float, directory: RunDirectory
+) -> dict[str, Any]:
+    """The policy beside every fixed count, through one scenario."""
     scenario = [d for d in adaptive.SCENARIOS[config.scenario] if d.constants < config.constants]
     options: dict[str, Any] = {"scenario": scenario, "end_s": end_s, "seed": config.seed}
-    directory = RunDirectory(config.out_dir or new_run_path("simulate-controller"), overwrite=config.overwrite)
-    with directory:
-        directory.write_json("config.json", dataclasses.asdict(config))
-        directory.write_json("env.json", {"jaxchunk": jaxchunk.__version__, "git_commit": environment.git_commit()})
-        runs = {}
-        for n in sorted(set(config.candidates)):
-            print(f"simulating {gpu.profile.name} for {end_s / 60:.0f} minutes at {n} chunk(s) ...", flush=True)
-            runs[str(n)] = adaptive.run_fixed(gpu, n, **options)
-        print("simulating the policy ...", flush=True)
-        ours = adaptive.run_adaptive(gpu, rules, config.objective, **options)
-        fixed = {int(n): fixed for n, fixed in runs.items()}
-        summary = adaptive.compare(ours, fixed, scenario=scenario, constant_s=constant_s, end_s=end_s)
-        summary = {"what": "SIMULATION: nothing here was measured"} | summary
-        for decision in ours.decisions:
-            directory.append("chunks.jsonl", decision)
-        bins = _bins(ours, {**runs, "adaptive": ours}, end_s)
-        directory.write_json("bins.json", bins)
-        directory.write_json("summary.json", summary)
-        figure = plot_controller(directory.path, bins, ours.decisions, summary, gpu.profile.name)
+    fixed = {}
+    for n in rules.candidates:
+        print(f"simulating {gpu.profile.name} for {end_s / 60:.0f} minutes at {n} chunk(s) ...", flush=True)
+        fixed[n] = adaptive.run_fixed(gpu, n, **options)
+    print("simulating the policy ...", flush=True)
+    ours = adaptive.run_adaptive(gpu, rules, config.objective, **options)
+    compared = adaptive.compare(ours, fixed, scenario=scenario, constant_s=rules.thermal_constant_s, end_s=end_s)
+    summary = _NOTICE | compared
+    for decision in ours.decisions:
+        directory.append("chunks.jsonl", decision)
+    bins = _bins(ours, {str(n): run for n, run in fixed.items()} | {"adaptive": ours}, end_s)
+    directory.write_json("bins.json", bins)
+    directory.write_json("summary.json", summary)
+    figure = plot_controller(directory.path, bins, ours.decisions, summary, gpu.profile.name)
     print(json.dumps(summary, indent=2))
-    print(f"figure: {Path(figure)}")
+    print(f"figure: {figure}")
     return summary
 
 
-def _spread(config: SimulateControllerConfig, gpu: SimulatedGpu, rules: Rules, end_s: float) -> dict[str, Any]:
+def _spread(
+    config: SimulateControllerConfig, gpu: SimulatedGpu, rules: Rules, end_s: float, directory: RunDirectory
+) -> dict[str, Any]:
     """How often the policy switches, by scenario, in order of the seeds."""
     switches: dict[str, list[int]] = {name: [] for name in adaptive.SCENARIOS}
-    with RunDirectory(config.out_dir or new_run_path("simulate-controller"), overwrite=config.overwrite) as directory:
-        directory.write_json("config.json", dataclasses.asdict(config))
-        directory.write_json("env.json", {"jaxchunk": jaxchunk.__version__, "git_commit": environment.git_commit()})
-        for name, scenario in adaptive.SCENARIOS.items():
-            for seed in range(config.seed, config.seed + config.spread):
-                ours = adaptive.run_adaptive(gpu, rules, config.objective, scenario=scenario, end_s=end_s, seed=seed)
-                events = [decision["event"] for decision in ours.decisions]
-                switches[name].append(ours.decisions[-1]["switches"] if ours.decisions else 0)
-                found = {"switches": switches[name][-1], "adopted": events.count("adopt"), "steps": len(ours.steps)}
-                directory.append("spread.jsonl", {"scenario": name, "seed": seed} | found)
-            print(f"{gpu.profile.name}, {name}: {switches[name]} switches", flush=True)
-    return {"what": "SIMULATION: nothing here was measured", "switches": switches}
+    for name, scenario in adaptive.SCENARIOS.items():
+        for seed in range(config.seed, config.seed + config.spread):
+            ours = adaptive.run_adaptive(gpu, rules, config.objective, scenario=scenario, end_s=end_s, seed=seed)
+            events = [decision["event"] for decision in ours.decisions]
+            switches[name].append(ours.decisions[-1]["switches"] if ours.decisions else 0)
+            found = {"switches": switches[name][-1], "adopted": events.count("adopt"), "steps": len(ours.steps)}
+            directory.append("spread.jsonl", {"scenario": name, "seed": seed} | found)
+        print(f"{gpu.profile.name}, {name}: {switches[name]} switches", flush=True)
+    return _NOTICE | {"switches": switches}
 
 
 def _bins(ours: Run, runs: dict[str, Run], end_s: float) -> dict[str, Any]:

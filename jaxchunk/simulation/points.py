@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from jaxchunk.simulation.devices import Inputs, Workload
+from jaxchunk.words import chunks_in_words
 
 Case = tuple[Workload, Inputs, int]  # and the number of chunks
 
@@ -44,9 +45,9 @@ class Point:
     @property
     def label(self) -> str:
         """What it is, in words."""
-        text = f"{self.workload}, {self.inputs}, {_chunks(self.chunks)}: {self.quantity}"
+        text = f"{self.workload}, {self.inputs}, {chunks_in_words(self.chunks)}: {self.quantity}"
         if other := self.over or self.minus:
-            what = _chunks(other["chunks"])
+            what = chunks_in_words(other["chunks"])
             what += "" if other["inputs"] == self.inputs else f" ({other['inputs']})"
             text += f" {'over' if self.over else 'minus'} {what}"
         return text
@@ -92,7 +93,3 @@ def residuals(points: Sequence[Point], rows: Mapping[Case, Any]) -> list[dict[st
             }
         )
     return records
-
-
-def _chunks(number: int) -> str:
-    return f"{number} chunk{'s' if number > 1 else ''}"

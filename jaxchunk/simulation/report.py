@@ -8,6 +8,7 @@ from jaxchunk import environment, plotting
 from jaxchunk.errors import InputError
 from jaxchunk.measuring import harness
 from jaxchunk.measuring.harness import OutputConfig
+from jaxchunk.measuring.tables import Column, markdown
 from jaxchunk.run_dir import RunDirectory, new_run_path
 from jaxchunk.simulation import devices, points, sweeps
 from jaxchunk.simulation.devices import SimulatedGpu
@@ -117,39 +118,15 @@ def simulate(
 
 def table_of(summary: dict[str, Any]) -> str:
     """The summary as Markdown."""
-    lines = [f"**Simulation of {summary['device']}: nothing here was measured, except the column that says so.**", ""]
-    lines += [
-        "| workload | inputs | chunks | ms | speed / 1 chunk | J | W | power ripple, W | SM clock, MHz "
-        "| clock ripple, MHz | °C | braked | power cap | thermal |",
-        "|" + "---|" * 14,
+    parts = [
+        f"**Simulation of {summary['device']}: nothing here was measured, except the column that says so.**",
+        markdown(summary["rows"], _CASE_COLUMNS),
     ]
-    for row in summary["rows"]:
-        shares = [f"{row[name]:.0%}" for name in ("hw_power_brake", "sw_power_cap", "sw_thermal")]
-        cells = [
-            row["workload"],
-            row["inputs"],
-            str(row["chunks"]),
-            f"{row['time_s'] * 1e3:.4g}",
-            f"{row['speed_over_1']:.3f}",
-            f"{row['energy_j']:.4g}",
-            f"{row['power_w']:.0f}",
-            f"{row['power_std_w']:.1f}",
-            f"{row['clock_mhz']:.0f}",
-            f"{row['clock_std_mhz']:.0f}",
-            f"{row['temperature_c']:.0f}",
-            *shares,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
     if summary["measured"]:
-        lines += ["", "| point | measured | simulated | residual, tolerances | role | source |", "|" + "---|" * 6]
-    for point in summary["measured"]:
-        lines.append(
-            f"| {point['label']} | {point['value']:.4g} | {point['simulated']:.4g} | "
-            f"{point['residual_in_tolerances']:+.1f} | {point['role']} | {point['source']} |"
-        )
+        parts.append(markdown(summary["measured"], _POINT_COLUMNS))
     if fit := summary["fit"]:
-        lines += ["", f"Free parameters: {len(fit['values'])}, fitted points: {fit['num_points']}."]
-    return "\n".join(lines) + "\n"
+        parts.append(f"Free parameters: {len(fit['values'])}, fitted points: {fit['num_points']}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _cases(config: SimulationConfig, gpu: SimulatedGpu) -> list[Case]:
@@ -179,3 +156,29 @@ def _reading_power(gpu: SimulatedGpu, seeds: Sequence[int], config: SimulationCo
     cases: list[Case] = [("microbenchmark", "zero", number) for number in sorted({1, *config.chunks})]
     rows = run_cases(other, cases, seeds=seeds, measured_s=config.measured_s)
     return [_summary_row(rows, case) for case in rows]
+
+
+_CASE_COLUMNS: tuple[Column, ...] = (
+    ("workload", lambda row: row["workload"]),
+    ("inputs", lambda row: row["inputs"]),
+    ("chunks", lambda row: str(row["chunks"])),
+    ("ms", lambda row: f"{row['time_s'] * 1e3:.4g}"),
+    ("speed / 1 chunk", lambda row: f"{row['speed_over_1']:.3f}"),
+    ("J", lambda row: f"{row['energy_j']:.4g}"),
+    ("W", lambda row: f"{row['power_w']:.0f}"),
+    ("power ripple, W", lambda row: f"{row['power_std_w']:.1f}"),
+    ("SM clock, MHz", lambda row: f"{row['clock_mhz']:.0f}"),
+    ("clock ripple, MHz", lambda row: f"{row['clock_std_mhz']:.0f}"),
+    ("°C", lambda row: f"{row['temperature_c']:.0f}"),
+    ("braked", lambda row: f"{row['hw_power_brake']:.0%}"),
+    ("power cap", lambda row: f"{row['sw_power_cap']:.0%}"),
+    ("thermal", lambda row: f"{row['sw_thermal']:.0%}"),
+)
+_POINT_COLUMNS: tuple[Column, ...] = (
+    ("point", lambda point: point["label"]),
+    ("measured", lambda point: f"{point['value']:.4g}"),
+    ("simulated", lambda point: f"{point['simulated']:.4g}"),
+    ("residual, tolerances", lambda point: f"{point['residual_in_tolerances']:+.1f}"),
+    ("role", lambda point: point["role"]),
+    ("source", lambda point: point["source"]),
+)

@@ -48,6 +48,8 @@ class CumulativeCurve:
     Times are seconds of one monotonic clock. Not safe for threads: the sampler holds a lock around it.
     """
 
+    KNOTS_BEYOND = 1  # that must lie at or behind a window's end, for its difference to be settled
+
     def __init__(self, what: str, period_s: float):
         """Names the quantity for its reasons; `period_s` is how often it is meant to be read."""
         self.what = what
@@ -80,7 +82,7 @@ class CumulativeCurve:
 
     def settled(self, end_s: float) -> bool:
         """Whether later readings would no longer change the difference of a window that ends at `end_s`."""
-        return bool(self._times_s) and self._times_s[-1] >= end_s
+        return len(self._times_s) >= self.KNOTS_BEYOND and self._times_s[-self.KNOTS_BEYOND] >= end_s
 
     def outage(self, now_s: float) -> bool:
         """Whether readings have been missing for so long that what follows is behind a gap whatever comes."""

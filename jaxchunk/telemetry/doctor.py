@@ -17,9 +17,10 @@ import numpy as np
 
 from jaxchunk.errors import InputError
 from jaxchunk.telemetry.device import CALLS, Device, NotSupported, PowerSamples, Probe, ReadError, probe, read
-from jaxchunk.telemetry.monitor import MAX_RELATIVE_BOUND, choose_energy_source
+from jaxchunk.telemetry.monitor import choose_energy_source
 from jaxchunk.telemetry.power_samples import SampleCurve
 from jaxchunk.telemetry.rails import Rail, UnusedSensor
+from jaxchunk.telemetry.window import MAX_RELATIVE_BOUND
 
 POLL_PERIOD_S = 0.002  # between two looks at a quantity that is cheap to read
 MAX_DUTY = 0.5  # a dear call may take this share of the time, at most

@@ -42,6 +42,7 @@ class CounterCurve(CumulativeCurve):
     """
 
     MIN_INTERVAL = 5.0
+    KNOTS_BEYOND = 2  # the bound looks at the neighbour as well
     STALL_S = 3.0  # a counter that answers but has not moved for so long is not waited for
 
     def __init__(self, period_s: float, *, power_range: PowerRange = no_power_samples, resolution_j: float = 1e-3):
@@ -52,7 +53,7 @@ class CounterCurve(CumulativeCurve):
         self._last_reading: tuple[float, float, float] | None = None  # start, end, joules
         self._moved_s: float | None = None
         self._went_backwards = False  # and has not moved since
-        self._verified_s = -math.inf  # up to here the grid is known to have been right;
+        self._verified_s = -math.inf  # up to here the grid is known to have been right
         self._trusts_grid = False  # whether there are knots behind it whose times are the grid's
         self.last_tick_s = -math.inf
         self.grid = TickGrid()
@@ -132,10 +133,6 @@ class CounterCurve(CumulativeCurve):
                 break
             first -= 1
         return self._times_s[first], to_s
-
-    def settled(self, end_s: float) -> bool:
-        """True one tick later than the curve reaches `end_s`: the bound looks at the neighbour as well."""
-        return len(self._times_s) >= 2 and self._times_s[-2] >= end_s
 
     def outage(self, now_s: float) -> bool:
         """As for any curve, and also where the counter answers but stands still."""

@@ -233,8 +233,7 @@ class Monitor:
     def window(self, start_s: float, end_s: float) -> Window:
         """What happened from `start_s` to `end_s`. Asked too early, the energy is None with that reason."""
         if self._sampler is None:
-            nothing = (None,) * 4
-            return Window(start_s, end_s, None, None, None, self.energy_source_reason, *nothing)
+            return Window.unknown(start_s, end_s, self.energy_source_reason)
         with self._sampler.reading() as tracks:
             energy, source = self._energy(tracks, start_s, end_s)
             power_w = tracks.log.mean("power_w", start_s, end_s, reach_s=0.0)

@@ -181,7 +181,7 @@ class NvmlDevice:
         self._mig_slices = mig_slices
         self.name: str = self._call("nvmlDeviceGetName")
         self.uuid: str = self._call("nvmlDeviceGetUUID")
-        self._read_average: Callable[[], float] | None = None
+        self._has_average_field: bool | None = None  # None: not asked yet
         self._throttle_fields: dict[str, int] | None = None
         self._throttle_policies: dict[str, int] = {}
 
@@ -198,20 +198,16 @@ class NvmlDevice:
     def power_average_w(self) -> float:
         """See `Device`. The field value, or nvmlDeviceGetPowerUsage where the field is not there."""
         self._refuse_shared_meter()
-        if self._read_average is None:
-            ways = (
-                lambda: self._power_field(self._nvml.NVML_FI_DEV_POWER_AVERAGE),
-                lambda: float(self._call("nvmlDeviceGetPowerUsage")) * POWER_UNIT_W,
-            )
-            for way in ways[:-1]:
-                try:
-                    value = way()
-                except ReadError:
-                    continue
-                self._read_average = way
+        if self._has_average_field is not False:
+            try:
+                value = self._power_field(self._nvml.NVML_FI_DEV_POWER_AVERAGE)
+                self._has_average_field = True
                 return value
-            self._read_average = ways[-1]
-        return self._read_average()
+            except ReadError:
+                if self._has_average_field:
+                    raise
+                self._has_average_field = False
+        return float(self._call("nvmlDeviceGetPowerUsage")) * POWER_UNIT_W
 
     def power_samples_w(self) -> PowerSamples:
         """See `Device`. Their clock is the system's, which may be set while a run goes on."""

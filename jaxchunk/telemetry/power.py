@@ -27,10 +27,10 @@ class PowerCurve(CumulativeCurve):
 
     SIGMAS = 3.0
     CONTEXT_SAMPLES = 16
+    RESOLUTION_W = 1e-3  # NVML counts milliwatts
 
-    def __init__(self, what: str, period_s: float, *, resolution_w: float = 1e-3):
+    def __init__(self, what: str, period_s: float):
         super().__init__(what, period_s)
-        self._resolution_w = resolution_w
         self._powers_w = array("d")
         self._uncertainty_s = array("d")
 
@@ -63,7 +63,7 @@ class PowerCurve(CumulativeCurve):
         seen_late_j = stands_for_s * (max(near_w) - min(near_w))
         spread_w = math.sqrt(float(np.mean(np.diff(np.array(self._powers_w[around])) ** 2)) / 2)
         unseen_j = self.SIGMAS * spread_w * math.sqrt(float(np.sum(lengths_s**2)))
-        return max(seen_j, unseen_j) + seen_late_j + self._resolution_w * (end_s - start_s)
+        return max(seen_j, unseen_j) + seen_late_j + self.RESOLUTION_W * (end_s - start_s)
 
     def _value_at(self, time_s: float) -> float:
         k = self._interval(time_s)
@@ -98,8 +98,8 @@ class PowerIntegral(PowerCurve):
     HOLD = 2.0
     HOLD_S = 0.2
 
-    def __init__(self, period_s: float, *, averaging_s: float = 0.0, resolution_w: float = 1e-3):
-        super().__init__("the power reading", period_s, resolution_w=resolution_w)
+    def __init__(self, period_s: float, *, averaging_s: float = 0.0):
+        super().__init__("the power reading", period_s)
         self._period_s = period_s
         self._averaging_s = averaging_s
         self._last_sample: tuple[float, float] | None = None  # time and W

@@ -29,6 +29,7 @@ class SampleCurve(PowerCurve):
     """
 
     IN_STEP = 0.05
+    KNOTS_BEYOND = 2  # the bound looks at the neighbour as well
     MAX_APART = 5.0  # usual distances; a longer one is a hole in the samples
     JITTER = 0.1  # of the usual distance; how far a sample may be from its time
 
@@ -59,10 +60,6 @@ class SampleCurve(PowerCurve):
         energy_j = self._value_at(end_s) - self._value_at(start_s)
         bound_j = self._bound_j(start_s, end_s, self._apart_s)
         return Difference(energy_j, max(bound_j, self.IN_STEP * energy_j))
-
-    def settled(self, end_s: float) -> bool:
-        """True one sample later than the curve reaches `end_s`: the bound looks at the neighbour as well."""
-        return len(self._times_s) >= 2 and self._times_s[-2] >= end_s
 
 
 def _usual_distance_s(samples: Sequence[tuple[float, float]]) -> float:

@@ -54,7 +54,6 @@ class Sampler:
         sample_period_s: float,
         rails: Sequence[Rail] = (),
         sinks: Sequence[Sink] = (),
-        seed: int = 0,
         cpu_time: Callable[[], float] = time.thread_time,
     ):
         self._device = device
@@ -65,7 +64,7 @@ class Sampler:
         self._sample_period_s = sample_period_s
         self._rails = list(rails)
         self._sinks = list(sinks)
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._schedule = CounterSchedule(poll_period_s)
         self._lock = threading.Lock()
         self._stop, self._wake, self._running = threading.Event(), threading.Event(), threading.Event()

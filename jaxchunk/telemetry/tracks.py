@@ -198,13 +198,11 @@ class Tracks:
             self._explained_s = reading.start_s, throttled_s, 0.0
         else:
             since_s, throttled_before_s, slow_s = self._explained_s
-            if (
-                0 <= reading.start_s - since_s < THROTTLE_PERIOD_S / 2
-            ):  # a window's edge: throttle counters move in steps
+            length_s = reading.start_s - since_s
+            if 0 <= length_s < THROTTLE_PERIOD_S / 2:  # a window's edge: throttle counters move in steps
                 self.slow.add(reading.start_s, slow_s)
                 return
             clock_mhz = self.log.mean("sm_clock_mhz", since_s, reading.start_s, reach_s=0.0)
-            length_s = reading.start_s - since_s
             unexplained = throttled_s - throttled_before_s < UNEXPLAINED * length_s
             if clock_mhz is not None and clock_mhz < SLOW_CLOCK * self._sm_clock_max_mhz and unexplained:
                 slow_s += length_s

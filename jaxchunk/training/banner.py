@@ -41,14 +41,7 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
         **_chunks(plan),
         "attention": f"{plan.execution.attention} ({plan.attention_reason})",
         "elementwise": f"{plan.execution.elementwise} ({plan.elementwise_reason})",
-        "layers": ("scanned" if plan.execution.scan_layers else "unrolled")
-        + (
-            " (for --deterministic: of several cuDNN calls XLA makes one deterministic)"
-            if _is_looped_for_bits(plan)
-            else ""
-        )
-        + f", remat {config.remat}"
-        + (f", MLP in {config.mlp_chunks} chunks" if config.mlp_chunks > 1 else ""),
+        "layers": _layers(plan),
         "memory": programs.memory_plan.describe()
         + (" (the count that needs most)" if len(plan.train_steps) > 1 else ""),
         "energy": f"{monitor.energy_source or 'null'} ({monitor.energy_source_reason})",
@@ -60,8 +53,12 @@ def describe_run(plan: Plan, monitor: AnyMonitor, path: Path, history: History) 
     return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
 
 
-def _is_looped_for_bits(plan: Plan) -> bool:
-    return plan.execution.scan_layers and not plan.config.scan_layers
+def _layers(plan: Plan) -> str:
+    text = "scanned" if plan.execution.scan_layers else "unrolled"
+    if plan.execution.scan_layers and not plan.config.scan_layers:
+        text += " (for --deterministic: of several cuDNN calls XLA makes one deterministic)"
+    text += f", remat {plan.config.remat}"
+    return text + (f", MLP in {plan.config.mlp_chunks} chunks" if plan.config.mlp_chunks > 1 else "")
 
 
 def _trained(config: TrainConfig, model: qwen2.Qwen2Config) -> dict[str, str]:

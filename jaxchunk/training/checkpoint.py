@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.processes import Processes
@@ -357,5 +357,5 @@ def _reason(error: BaseException) -> str:
         return os.strerror(int(code[1]))
     if isinstance(error.__cause__, ValueError):
         return _reason(error.__cause__)
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     return line if len(line) <= 200 else line[:200] + "..."

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxchunk.compilation import sum_of
 from jaxchunk.data import IGNORE_INDEX
 from jaxchunk.device_memory import usable
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 from jaxchunk.models import qwen2
 from jaxchunk.telemetry import AnyMonitor, open_monitor
 from jaxchunk.training.config import TrainConfig
@@ -115,7 +115,7 @@ def compile_arms(
         try:
             compiled = compile_with(arm)
         except Exception as error:  # whatever a compiler has to say about one candidate
-            _logger.warning("%d chunk(s) are left out: %s", count, (str(error).splitlines() or [""])[0][:300])
+            _logger.warning("%d chunk(s) are left out: %s", count, first_line(error)[:300])
             continue
         steps[count] = compiled.train_step
         times = {f"{count} chunk(s)": sum_of(list(compiled.compile_times.values()))}

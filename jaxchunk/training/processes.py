@@ -16,15 +16,14 @@ from typing import Any
 import jax
 from jax._src import distributed
 
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 
 _TIMEOUT_S = 1800.0  # for what may take long: reading data, compiling. Who has died is found by JAX's heartbeat.
 # A process without one for so long is dead, and JAX ends the others, which wait for it in a collective. JAX's own 100 s
 # are paid by every GPU at every crash. A thread of C++ sends heartbeats: neither Python nor a compilation holds it up.
 _HEARTBEAT_TIMEOUT_S = 30
-_ENDING_TIMEOUT_S = (
-    60  # for the others to end after one has: figures are drawn; or one has failed, and they wait for it
-)
+# For the others to end after one has: figures are drawn; or one has failed, and they wait for it.
+_ENDING_TIMEOUT_S = 60
 _runs = itertools.count()
 
 
@@ -59,10 +58,9 @@ def join(arguments: Sequence[str]) -> None:
             shutdown_timeout_seconds=_ENDING_TIMEOUT_S,
         )
     except (ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"--distributed: {reason[:200]}; where no cluster's environment says who takes part, give --coordinator "
-            "host:port, --num_processes and --process_id"
+            f"--distributed: {first_line(error)[:200]}; where no cluster's environment says who takes part, give "
+            "--coordinator host:port, --num_processes and --process_id"
         ) from None
 
 
@@ -117,8 +115,8 @@ class Processes:
         try:
             return json.loads(_client().blocking_key_value_get(self._key(name, process), int(_TIMEOUT_S * 1e3)))
         except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"process {process} did not get as far as {name!r}: {reason[:200]}") from None
+            reason = first_line(error)[:200]
+            raise InputError(f"process {process} did not get as far as {name!r}: {reason}") from None
 
     def wait_for_all(self, name: str, timeout_s: float) -> dict[int, Any]:
         """What the processes but this one tell under a name within `timeout_s` seconds, by process."""

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from jaxchunk import lm_head_loss
 from jaxchunk.data import IGNORE_INDEX, Batch
+from jaxchunk.lm_head.varying import varying_over
 from jaxchunk.models import lora, qwen2
 from jaxchunk.models.partition import DATA, FSDP, MODEL, TOKEN_AXES, batch_spec, in_use
 from jaxchunk.training.config import TrainConfig
@@ -214,20 +215,16 @@ def _accumulate(
     if num_micro_batches == 1:
         return loss_and_gradients(batch)
     parts = jax.tree.map(lambda a: a.reshape(num_micro_batches, micro_batch_size, *a.shape[1:]), batch)
-    zeros = jax.tree.map(
-        _zeros,
-        jax.eval_shape(loss_and_gradients, jax.tree.map(lambda a: a[0], parts)),
-    )
-    total, _ = jax.lax.scan(
+    zeros = jax.tree.map(_zeros, jax.eval_shape(loss_and_gradients, jax.tree.map(lambda a: a[0], parts)))
+    total, _ = lax.scan(
         lambda total, part: (jax.tree.map(jnp.add, total, loss_and_gradients(part)), None), zeros, parts
     )
     return total
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> Array:
-    varying = tuple(getattr(like.manual_axis_type, "varying", ()))  # inside of a jax.shard_map
-    zeros = jnp.zeros(like.shape, like.dtype)
-    return lax.pcast(zeros, varying, to="varying") if varying else zeros
+    varying: frozenset[str] = getattr(like.manual_axis_type, "varying", frozenset())  # inside of a jax.shard_map
+    return varying_over(jnp.zeros(like.shape, like.dtype), varying)
 
 
 def make_eval_step(

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 
 Name = Literal["tensorboard", "wandb"]
 
@@ -72,8 +72,7 @@ class Writers:
             yield
         except Exception as error:  # of packages that are not ours, over a network: anything
             self._open.pop(name, None)
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self._say(f"warning: --log {name} failed ({reason}): it gets nothing more; the run goes on")
+            self._say(f"warning: --log {name} failed ({first_line(error)}): it gets nothing more; the run goes on")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,16 +17,18 @@ from jaxtyping import Float
 import jaxchunk
 from jaxchunk import device_memory
 from jaxchunk.device_memory import compile_if_it_fits
-from jaxchunk.errors import InputError
+from jaxchunk.errors import InputError, first_line
 from jaxchunk.lm_head import Head, choose_implementation, lm_head_loss
 from jaxchunk.measuring.protocol import Measurement, Variant
 from jaxchunk.measuring.statistics import interval_of
+from jaxchunk.measuring.tables import markdown
 from jaxchunk.stop import StopRequest
 from jaxchunk.telemetry import AnyMonitor, Monitor, open_monitor
 from jaxchunk.tuning import choice_cache, contest
 from jaxchunk.tuning.candidates import candidate_counts
 from jaxchunk.tuning.objective import MEANINGS, Objective
 from jaxchunk.tuning.race import Rules, Standing, verdict
+from jaxchunk.words import chunks_in_words
 
 _logger = logging.getLogger("jaxchunk")
 
@@ -105,18 +107,15 @@ class ChunkChoice:
 
     def table(self) -> str:
         """The candidates as a Markdown table."""
-        lines = ["| chunks | windows | ms | J | cost / least | temporaries, MB |", "|" + "---|" * 6]
-        for candidate in self.candidates:
-            cells = [
-                f"**{candidate.num_chunks}**" if candidate.num_chunks == self.num_chunks else f"{candidate.num_chunks}",
-                str(candidate.windows),
-                "null" if candidate.time_s is None else f"{candidate.time_s * 1e3:.4g}",
-                "null" if candidate.energy_j is None else f"{candidate.energy_j:.4g}",
-                _interval(candidate.over_leader),
-                f"{candidate.temporary_bytes / 1e6:.1f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        columns: list[tuple[str, Callable[[Candidate], str]]] = [
+            ("chunks", lambda c: f"**{c.num_chunks}**" if c.num_chunks == self.num_chunks else f"{c.num_chunks}"),
+            ("windows", lambda c: str(c.windows)),
+            ("ms", lambda c: "null" if c.time_s is None else f"{c.time_s * 1e3:.4g}"),
+            ("J", lambda c: "null" if c.energy_j is None else f"{c.energy_j:.4g}"),
+            ("cost / least", lambda c: _interval(c.over_leader)),
+            ("temporaries, MB", lambda c: f"{c.temporary_bytes / 1e6:.1f}"),
+        ]
+        return markdown(self.candidates, columns)
 
 
 def choose_num_chunks(
@@ -242,8 +241,8 @@ def _measure(
 
 
 def _candidate(num_chunks: int, temporary_bytes: int, measurements: Sequence[Measurement], end: Standing) -> Candidate:
-    own = [m for m in measurements if m.variant == _name(num_chunks)]
-    time_s, energy_j = (interval_of(own, _name(num_chunks), quantity) for quantity in ("time_s", "energy_j"))
+    own = [m for m in measurements if m.variant == chunks_in_words(num_chunks)]
+    time_s, energy_j = (interval_of(own, chunks_in_words(num_chunks), quantity) for quantity in ("time_s", "energy_j"))
     over = [math.expm1(min(value, 100.0)) for value in end.to_leader[num_chunks]]
     return Candidate(
         num_chunks,
@@ -278,12 +277,12 @@ def _compile(
         try:
             compiled = compile_if_it_fits(compile_program, limit_bytes)
         except Exception as error:  # whatever a compiler, or an option's check, has to say about one candidate
-            compiled = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            compiled = first_line(error, with_type=True)[:300]
         if not isinstance(compiled, str):
             program, memory = compiled
             if budget_bytes is None or memory.temporary_bytes <= budget_bytes:
                 call = functools.partial(program, hidden, weight, labels)
-                programs[n] = _Program(Variant(_name(n), call), memory.temporary_bytes)
+                programs[n] = _Program(Variant(chunks_in_words(n), call), memory.temporary_bytes)
                 continue
             too_large[n] = memory.temporary_bytes
             compiled = f"its temporaries of {memory.temporary_bytes / 1e9:.3g} GB exceed the memory budget"
@@ -370,10 +369,6 @@ def _driver(monitor: AnyMonitor) -> dict[str, Any]:
 
 def _shape(operand: jax.ShapeDtypeStruct) -> str:
     return f"{operand.dtype}[{','.join(map(str, operand.shape))}]"
-
-
-def _name(num_chunks: int) -> str:
-    return f"{num_chunks} chunk{'s' if num_chunks > 1 else ''}"
 
 
 def _interval(over: tuple[float, float, float] | None) -> str:

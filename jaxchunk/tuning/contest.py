@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from jaxchunk.measuring.protocol import Conditions, Measurement, Protocol, Variant, measure, settle
+from jaxchunk.stop import no_stop
 from jaxchunk.telemetry import AnyMonitor
 from jaxchunk.tuning.objective import Objective, cost
 from jaxchunk.tuning.race import Rules, Standing, standing
@@ -42,9 +43,8 @@ def hold(
     *,
     budget_s: float,
     rules: Rules,
-    seed: int = 0,
     say: Callable[[str], None],
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = no_stop,
 ) -> Contest | None:
     """Measures all candidates in rounds, in an order shuffled anew each time, by the benchmarks' protocol.
 
@@ -54,7 +54,6 @@ def hold(
       objective: what is compared.
       budget_s: time for all of it; a window that would not end in it is not begun.
       rules: of the race.
-      seed: of the order.
       say: takes a line about the progress.
       check: called before every call of a variant; what it raises ends this.
 
@@ -63,17 +62,17 @@ def hold(
     """
     began_s = monitor.now()
     deadline_s = began_s + budget_s
-    protocol, conditions = _prepare(variants, monitor, objective, budget_s, seed, check)
+    protocol, conditions = _prepare(variants, monitor, objective, budget_s, check)
     names = {variant.name: n for n, variant in variants.items()}
     log_costs: dict[int, dict[int, float]] = {n: {} for n in variants}
     measurements: list[Measurement] = []
-    now = standing(log_costs, rules)
+    stand = standing(log_costs, rules)
     longest_s, said_s = 0.0, began_s
     for round_ in range(_MOST_ROUNDS):
         order = measure(
-            [variants[n] for n in now.active],
+            [variants[n] for n in stand.active],
             monitor,
-            dataclasses.replace(protocol, seed=seed * _MOST_ROUNDS + round_),
+            dataclasses.replace(protocol, seed=round_),
             conditions,
             check=check,
         )
@@ -92,12 +91,12 @@ def hold(
         else:
             break
         monitor.forget_before(monitor.now() - 5.0)
-        now = standing(log_costs, rules)
-        if now.finished or (round_ == 0 and not any(log_costs.values())):
+        stand = standing(log_costs, rules)
+        if stand.finished or (round_ == 0 and not any(log_costs.values())):
             break
         if monitor.now() - said_s > 5.0:
             said_s = monitor.now()
-            say(f"{said_s - began_s:.0f} of at most {budget_s:.0f} s: {len(now.active)} of {len(variants)} are left")
+            say(f"{said_s - began_s:.0f} of at most {budget_s:.0f} s: {len(stand.active)} of {len(variants)} are left")
     if not any(log_costs.values()):
         return None
     return Contest(standing(log_costs, rules), measurements, monitor.now() - began_s)
@@ -108,7 +107,6 @@ def _prepare(
     monitor: AnyMonitor,
     objective: Objective,
     budget_s: float,
-    seed: int,
     check: Callable[[], None],
 ) -> tuple[Protocol, Conditions]:
     """Counts the calls of a window and brings the device to its working temperature.
@@ -122,7 +120,6 @@ def _prepare(
         repeats=1,
         window_s=min(max(share_s, shortest_s), longest_s) / (1 + _WARMUP_SHARE),
         temperature_tolerance_c=None,
-        seed=seed,
     )
     heat_until_s = monitor.now() + _HEATING_SHARE * budget_s
     conditions = settle(list(variants.values()), monitor, protocol, check=check)

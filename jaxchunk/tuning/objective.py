@@ -3,7 +3,6 @@
 from typing import Literal
 
 Objective = Literal["time", "energy", "edp"]
-UNITS: dict[Objective, str] = {"time": "s", "energy": "J", "edp": "J s"}
 MEANINGS: dict[Objective, str] = {"time": "time", "energy": "energy", "edp": "energy-delay product"}
 
 

@@ -305,10 +305,9 @@ def test_pallas_lowers_for_cuda_without_a_gpu(device_kind, dtype, N, num_chunks)
     assert text.count("stablehlo.while") == (num_chunks > 1)
 
 
-def test_flops_and_memory_at_the_papers_shape():
+def test_memory_at_the_papers_shape():
     workload = SoftmaxWorkload(**PAPER)
     assert (workload.dtype, workload.softmax) == ("bfloat16", "pallas")
-    assert workload.flops == 4 * 32768 * 2048 * 131072
     operands_and_accumulator = 2 * (32768 * 2048 + 2048 * 131072) + 4 * 2048 * 131072
     assert workload.memory_bytes(1) == operands_and_accumulator + 2 * 32768 * 131072
     assert workload.memory_bytes(16) == operands_and_accumulator + 2 * 2048 * (131072 + 2048)

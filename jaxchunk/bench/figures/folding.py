@@ -102,13 +102,11 @@ def fold(telemetry: Mapping[str, np.ndarray], windows: Sequence[Measurement], co
     return Folded((np.arange(bins) + 0.5) / bins, median, low, high, int(phase.size), iterations)
 
 
-def renewal(
-    telemetry: Mapping[str, np.ndarray], windows: Sequence[Measurement], column: str = "power_w"
-) -> Renewal | None:
-    """How often a column is seen to change within the windows; None where it changes less than twice in each."""
+def renewal(telemetry: Mapping[str, np.ndarray], windows: Sequence[Measurement]) -> Renewal | None:
+    """How often power is seen to change within the windows; None where it changes less than twice in each."""
     between_changes_s, between_samples_s = [np.empty(0)], [np.empty(0)]
     for window in windows:
-        time_s, values = between(telemetry, column, window.start_s, window.end_s)
+        time_s, values = between(telemetry, "power_w", window.start_s, window.end_s)
         between_samples_s.append(np.diff(time_s))
         between_changes_s.append(np.diff(time_s[1:][np.diff(values) != 0]))
     changes_s = np.concatenate(between_changes_s)

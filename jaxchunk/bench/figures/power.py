@@ -8,6 +8,7 @@ from jaxchunk.bench.figures.folding import Folded, between, fold, renewal, resol
 from jaxchunk.bench.figures.microbench_run import MicrobenchRun
 from jaxchunk.measuring.protocol import Measurement
 from jaxchunk.plotting.style import BLUE, ORANGE, SMALL, tidy, write_titles
+from jaxchunk.words import chunks_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,8 +61,7 @@ def draw_power(figure: "Figure", run: MicrobenchRun) -> bool:
 
 def chunks_label(run: MicrobenchRun, label: str) -> str:
     """`1 chunk`, `4 chunks`."""
-    count = run.pair[label].chunks
-    return f"{count} chunk{'s' if count > 1 else ''}"
+    return chunks_in_words(run.pair[label].chunks)
 
 
 def draw_folded(axis: "Axes", folded: Folded, scale: float, color: str, name: str | None = None) -> None:

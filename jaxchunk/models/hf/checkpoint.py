@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
+from jaxchunk.data import load_fitting_tokenizer
 from jaxchunk.errors import InputError
 from jaxchunk.models.hf.config import load_config, to_hf_config
 from jaxchunk.models.hf.hub import locate
-from jaxchunk.models.hf.tokenizer import check_tokenizer, tokenizer_path, write_tokenizer
+from jaxchunk.models.hf.tokenizer import tokenizer_path, write_tokenizer
 from jaxchunk.models.hf.weights import Place, check_params, read_params, write_params
 from jaxchunk.models.qwen2 import Params, Qwen2Config
 
@@ -45,7 +46,7 @@ def load(
     config = load_config(directory)
     tokenizer = tokenizer_path(directory)
     if tokenizer is not None:
-        check_tokenizer(config, tokenizer)
+        load_fitting_tokenizer(tokenizer, config.vocab_size)
     return config, read_params(config, directory, dtype, place)
 
 
@@ -77,7 +78,7 @@ def save(
         raise InputError(f"max_shard_size is {max_shard_size}; it must be at least 1")
     check_params(config, params)
     if tokenizer is not None:
-        check_tokenizer(config, Path(tokenizer))
+        load_fitting_tokenizer(tokenizer, config.vocab_size)
     with appears_whole(Path(directory)) as temporary:
         write_params(config, params, temporary, dtype, max_shard_size)
         stored = jax.tree.leaves(params)[0].dtype if dtype is None else jnp.dtype(dtype)

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: where it is, whether it fits, and what transformers needs beside it."""
+"""The tokenizer of a checkpoint: where it is, and what transformers needs beside it."""
 
 import json
 import shutil
@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxchunk.data.chat import CHATML, CHATML_MARKERS, has_chatml
-from jaxchunk.data.tokenizer import load_tokenizer, max_token_id, separator_id, stop_ids
-from jaxchunk.errors import InputError
+from jaxchunk.data.tokenizer import load_tokenizer, separator_id, stop_ids
 from jaxchunk.models.hf.config import read_json_object
-from jaxchunk.models.qwen2 import Qwen2Config
 
 TOKENIZER_FILE = "tokenizer.json"
 GENERATION_FILE = "generation_config.json"
@@ -25,20 +23,6 @@ def tokenizer_path(directory: Path) -> Path | None:
     """The checkpoint's `tokenizer.json`; None where it has none."""
     path = directory / TOKENIZER_FILE
     return path if path.is_file() else None
-
-
-def check_tokenizer(config: Qwen2Config, tokenizer: Path) -> None:
-    """Checks that every id of a tokenizer has a row in the model's embedding.
-
-    Raises:
-      InputError: it is no tokenizer, or its vocabulary is larger than the model's.
-    """
-    largest = max_token_id(load_tokenizer(tokenizer))
-    if largest >= config.vocab_size:
-        raise InputError(
-            f"the tokenizer {tokenizer} has ids up to {largest}, but the model's vocabulary has {config.vocab_size} "
-            "entries; they do not belong together"
-        )
 
 
 def write_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
@@ -60,10 +44,8 @@ def write_tokenizer(tokenizer: Path, directory: Path) -> dict[str, Any]:
     if not (directory / "tokenizer_config.json").exists():
         about: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": [
-                "input_ids",
-                "attention_mask",
-            ],  # by default token types too, which no model here takes
+            # By default token types too, which no model here takes.
+            "model_input_names": ["input_ids", "attention_mask"],
         }
         if end is not None:
             about["eos_token"] = loaded.id_to_token(end)

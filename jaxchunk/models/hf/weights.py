@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxchunk.errors import InputError
-from jaxchunk.models.hf.shards import Shards, StoredTensor, write_shards
+from jaxchunk.models.hf.shards import Shards, write_shards
 from jaxchunk.models.qwen2 import Params, Qwen2Config, param_shapes
 
 # Our parameter, and Hugging Face's tensor ("{}": the layer). PyTorch's linear layers store [out, in], the transpose of
@@ -183,15 +183,11 @@ def _check_headers(tensors: list[Tensor], shards: Shards, directory: Path) -> No
 
 
 def _stored_dtype(tensors: list[Tensor], shards: Shards, directory: Path) -> np.dtype:
-    dtypes = {_dtype_of(shards.tensors[tensor.name]) for tensor in tensors}
+    dtypes = {_DTYPES[shards.tensors[tensor.name].dtype] for tensor in tensors}
     if len(dtypes) > 1:
         names = " and ".join(sorted(str(dtype) for dtype in dtypes))
         raise InputError(f"{directory} holds {names}; say with dtype= which one the parameters are to have")
     return dtypes.pop()
-
-
-def _dtype_of(stored: StoredTensor) -> np.dtype:
-    return _DTYPES[stored.dtype]
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str, where: str) -> np.ndarray:
