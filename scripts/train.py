@@ -15,7 +15,7 @@ from jaxchunk.data import default_cache_dir
 from jaxchunk.errors import reported_errors
 from jaxchunk.training import processes
 from jaxchunk.training.config import TrainConfig, default_config
-from jaxchunk.training.loop import train
+from jaxchunk.training.trainer import train
 
 
 def main() -> None:

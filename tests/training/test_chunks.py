@@ -14,7 +14,7 @@ from jaxchunk.device_memory import ProgramMemory
 from jaxchunk.errors import InputError
 from jaxchunk.plotting import plot_training
 from jaxchunk.run_dir import RunDirectory, read_json_lines
-from jaxchunk.training import checkpoint, chunks, loop, plan, step
+from jaxchunk.training import checkpoint, chunks, plan, step, trainer
 from jaxchunk.training.checkpoint import load_params
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.memory import MemoryPlan
@@ -38,7 +38,7 @@ def auto(adaptive):
 
 
 def test_auto_is_settled_before_training_and_kept_by_a_run_that_goes_on(auto, monkeypatch, capsys):
-    loop.train(auto)
+    trainer.train(auto)
     path = Path(auto.out_dir)
     chosen = json.loads((path / "env.json").read_text())["chosen"]
     choice = ChunkChoice.from_dict(chosen["lmhead_chunks_choice"])
@@ -51,7 +51,7 @@ def test_auto_is_settled_before_training_and_kept_by_a_run_that_goes_on(auto, mo
         raise AssertionError("it is settled")
 
     monkeypatch.setattr(chunks, "choose_num_chunks", not_again)
-    loop.train(dataclasses.replace(auto, resume=True))
+    trainer.train(dataclasses.replace(auto, resume=True))
 
 
 def test_an_adaptive_run_needs_the_memory_of_the_candidate_that_needs_most(adaptive):
@@ -70,7 +70,7 @@ def decisions(config):
 
 @pytest.mark.figure
 def test_an_adaptive_run_tries_its_candidates_says_why_and_draws_them(adaptive, capsys, monkeypatch):
-    assert loop.train(adaptive)["status"] == "completed"
+    assert trainer.train(adaptive)["status"] == "completed"
     records = decisions(adaptive)
     assert [record["event"] for record in records][:1] == ["explore"]
     assert "commit" in [record["event"] for record in records]
@@ -95,11 +95,11 @@ def test_an_adaptive_run_tries_its_candidates_says_why_and_draws_them(adaptive, 
     assert {record["lmhead_chunks"] for record in steps} == {1, 4} and steps[0]["lmhead_chunks"] == 4
     assert "to the end" not in out
     fixed = dataclasses.replace(adaptive, lmhead_chunks=4, out_dir=str(path) + "-fixed")
-    loop.train(fixed)
+    trainer.train(fixed)
     assert "chunks" not in [axis.get_ylabel() for axis in figures[-1].axes]
     same = [record["loss"] for record in read_json_lines(Path(fixed.out_dir) / "steps.jsonl")]
     short = dataclasses.replace(adaptive, chunk_thermal_s=60.0, steps=3, out_dir=str(path) + "-short")
-    loop.train(short)
+    trainer.train(short)
     assert "the run ended before 1, 4 were compared to the end, which takes 540 s" in capsys.readouterr().out
     np.testing.assert_allclose(losses, same, rtol=1e-3)  # rounding grows with the steps
 
@@ -114,13 +114,13 @@ def test_an_adaptive_run_goes_on_with_what_it_knows(adaptive, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(RunDirectory, "append", append_and_stop)
-    done = loop.train(adaptive)["steps"]
+    done = trainer.train(adaptive)["steps"]
     saved = checkpoint.read_about(Path(adaptive.out_dir), done)["chunk_controller"]
     assert saved["candidates"] == [1, 4] and done < 150
     before, taken_up = decisions(adaptive), []
     go_on_from = Controller.go_on_from
     monkeypatch.setattr(Controller, "go_on_from", lambda self, saved: taken_up.append(saved) or go_on_from(self, saved))
-    assert loop.train(dataclasses.replace(adaptive, resume=True))["steps"] == 150
+    assert trainer.train(dataclasses.replace(adaptive, resume=True))["steps"] == 150
     assert taken_up == [saved]
     assert decisions(adaptive)[: len(before)] == before
 
@@ -134,7 +134,7 @@ def test_candidates_that_do_not_compile_are_left_out(adaptive, monkeypatch, capl
         return compile_programs(config, *arguments)
 
     monkeypatch.setattr(plan, "compile_programs", broken)
-    loop.train(adaptive)
+    trainer.train(adaptive)
     assert "1 chunk(s) are left out: no such tile" in caplog.text
     assert {record["num_chunks"] for record in decisions(adaptive)} <= {4}
 
@@ -143,15 +143,15 @@ def test_candidates_that_do_not_compile_are_left_out(adaptive, monkeypatch, capl
 def test_energy_is_refused_where_there_is_none(auto, how, caplog):
     energy = dataclasses.replace(auto, lmhead_chunks=how, chunk_objective="energy")
     with pytest.raises(InputError, match="no source of it here"):
-        loop.train(energy)
+        trainer.train(energy)
     assert not Path(auto.out_dir).exists()
-    loop.train(dataclasses.replace(energy, chunk_time_if_no_energy=True, cache_dir=auto.cache_dir))
+    trainer.train(dataclasses.replace(energy, chunk_time_if_no_energy=True, cache_dir=auto.cache_dir))
     assert "no energy here" in caplog.text
 
 
 def test_the_reference_has_nothing_to_adapt(adaptive):
     with pytest.raises(InputError, match="reference has no chunks"):
-        loop.train(dataclasses.replace(adaptive, lmhead_impl="reference"))
+        trainer.train(dataclasses.replace(adaptive, lmhead_impl="reference"))
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_the_head_is_measured_as_training_runs_it(auto, asked, monkeypatch, rank
         return loss(hidden, weight, *operands, **options)
 
     monkeypatch.setattr(step, "lm_head_loss", seen)
-    loop.train(dataclasses.replace(auto, lora_rank=rank, compute_dtype="bfloat16", steps=2))
+    trainer.train(dataclasses.replace(auto, lora_rank=rank, compute_dtype="bfloat16", steps=2))
     assert run == {(asked["hidden"].dtype, asked["weight"].dtype)}
     assert asked["frozen_weight"] == (rank > 0)
 

@@ -15,7 +15,7 @@ from jaxchunk import data
 from jaxchunk.errors import InputError
 from jaxchunk.models import hf, qwen2
 from jaxchunk.models.rope import Llama3Rope
-from jaxchunk.training import loop
+from jaxchunk.training import trainer
 from jaxchunk.training.checkpoint import load_params
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.export import export_run
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
         hf_model=str(path / "llama"), tokenizer=str(path / "bpe.json"), data=str(path / "text.txt"), seq_len=16,
         batch_size=4, steps=2, val_batches=1, mesh_data=1, cache_dir=str(path / "cache"), out_dir=str(path / "run"),
     )  # fmt: skip
-    loop.train(config)
+    trainer.train(config)
     return path / "run"
 
 

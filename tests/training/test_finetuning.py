@@ -16,7 +16,7 @@ from jaxchunk.data.chat import CHATML
 from jaxchunk.errors import InputError
 from jaxchunk.models import hf, lora, qwen2
 from jaxchunk.run_dir import read_json_lines
-from jaxchunk.training import loop
+from jaxchunk.training import trainer
 from jaxchunk.training.checkpoint import load_params
 from jaxchunk.training.config import TrainConfig, validate
 from jaxchunk.training.export import export_adapters, export_run
@@ -68,7 +68,7 @@ def learned(config):
 
 
 def test_a_run_on_examples_validates_and_samples(config, capsys):
-    summary = loop.train(config)
+    summary = trainer.train(config)
     steps, validation, samples = (lines(config, f"{name}.jsonl") for name in ("steps", "validation", "samples"))
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [record["step"] for record in validation] == [3, 6]
@@ -113,23 +113,25 @@ def test_packed_batches_train_as_examples_by_themselves(config):
 
 def test_a_run_that_is_resumed_packs_and_samples_as_one_that_was_not(config, tmp_path):
     whole = dataclasses.replace(config, out_dir=str(tmp_path / "whole"))
-    loop.train(whole)
-    loop.train(config)
+    trainer.train(whole)
+    trainer.train(config)
     shutil.rmtree(Path(config.out_dir) / "checkpoints" / "6")  # as a kill leaves it: step 4 is the last
-    loop.train(dataclasses.replace(config, resume=True))
+    trainer.train(dataclasses.replace(config, resume=True))
     assert learned(config) == learned(whole)
 
 
 def test_held_out_data_of_its_own(config, tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "90 and one is", "completion": " 91."}))
-    loop.train(dataclasses.replace(config, val_data=str(tmp_path / "other.jsonl"), sample_every=0))
+    trainer.train(dataclasses.replace(config, val_data=str(tmp_path / "other.jsonl"), sample_every=0))
     tokenizer = data.load_tokenizer(data.load_dataset(config.data, None, 300, Path(config.cache_dir)).tokenizer_path)
     expected = len(tokenizer.encode(" 91.").ids) + 1
     assert {record["tokens"] for record in lines(config, "validation.jsonl")} == {expected}
     assert "40 examples in" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"nothing says which tokenizer made the tokens of --data synthetic"):
         (tmp_path / "other.txt").write_text("some text " * 99)
-        loop.train(dataclasses.replace(config, data="synthetic", val_data=str(tmp_path / "other.txt"), overwrite=True))
+        trainer.train(
+            dataclasses.replace(config, data="synthetic", val_data=str(tmp_path / "other.txt"), overwrite=True)
+        )
     with pytest.raises(InputError, match=r"both must be .jsonl files of examples, or neither"):
         validate(dataclasses.replace(config, val_data="text.txt"))
 
@@ -142,7 +144,7 @@ def test_prompts_of_a_file(config, tmp_path):
         ("prompts.jsonl", "<|im_start|>user\n7<|im_end|>\n<|im_start|>assistant\n", "5 and"),
         ("prompts.txt", "6 and", "7 and one is"),
     ):
-        loop.train(dataclasses.replace(config, steps=1, sample_prompts=str(tmp_path / name), overwrite=True))
+        trainer.train(dataclasses.replace(config, steps=1, sample_prompts=str(tmp_path / name), overwrite=True))
         prompts = [record["prompt"] for record in lines(config, "samples.jsonl")]
         assert prompts[0].endswith(first) and prompts[1] == second
     for change, words in (
@@ -151,7 +153,7 @@ def test_prompts_of_a_file(config, tmp_path):
         ({"sample_prompts": str(tmp_path / "nowhere.jsonl")}, "cannot read"),
     ):
         with pytest.raises(InputError, match=words):
-            loop.train(dataclasses.replace(config, overwrite=True, **change))
+            trainer.train(dataclasses.replace(config, overwrite=True, **change))
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def adapted(config, base):
 
 
 def test_adapters_are_trained_and_saved_alone(adapted, base, capsys):
-    loop.train(adapted)
+    trainer.train(adapted)
     assert "adapters of rank 2, alpha 4, on q, v, up; the model is frozen" in capsys.readouterr().out
     losses = [record["loss"] for record in lines(adapted, "steps.jsonl")]
     assert losses[-1] < losses[0]
@@ -190,21 +192,21 @@ def test_adapters_are_trained_and_saved_alone(adapted, base, capsys):
 
 def test_adapters_are_resumed_to_the_bit_on_the_same_base_only(adapted, base, tmp_path):
     whole = dataclasses.replace(adapted, out_dir=str(tmp_path / "whole"))
-    loop.train(whole)
-    loop.train(adapted)
+    trainer.train(whole)
+    trainer.train(adapted)
     shutil.rmtree(Path(adapted.out_dir) / "checkpoints" / "6")
     resumed = dataclasses.replace(adapted, resume=True)
     base.rename(tmp_path / "kept")
     hf.save(MODEL, qwen2.init(MODEL, jax.random.key(8), jnp.bfloat16), base, tokenizer=tmp_path / "tokenizer.json")
     with pytest.raises(InputError, match=r"--hf_model .*base are not what the adapters of step 4 were trained on"):
-        loop.train(resumed)
+        trainer.train(resumed)
     shutil.rmtree(base)
     with pytest.raises(InputError, match="there is no directory"):
-        loop.train(resumed)
+        trainer.train(resumed)
     (tmp_path / "kept").rename(base)
     with pytest.raises(InputError, match="--lora_rank is 4, was 2"):
-        loop.train(dataclasses.replace(resumed, lora_rank=4))
-    loop.train(resumed)
+        trainer.train(dataclasses.replace(resumed, lora_rank=4))
+    trainer.train(resumed)
     assert learned(adapted) == learned(whole)
 
 
@@ -224,7 +226,7 @@ def test_a_step_changes_the_adapters_alone_and_only_they_have_moments():
 
 
 def test_exports_of_adapters(adapted, base, tmp_path):
-    loop.train(adapted)
+    trainer.train(adapted)
     assert export_run(Path(adapted.out_dir), tmp_path / "merged") == 6
     _, merged = hf.load(tmp_path / "merged", jnp.float32)
     saved = load_params(adapted.out_dir)
@@ -244,7 +246,7 @@ def test_exports_of_adapters(adapted, base, tmp_path):
 
 
 def test_a_run_without_adapters_has_none_to_export(config, tmp_path):
-    loop.train(dataclasses.replace(config, steps=1, sample_every=0))
+    trainer.train(dataclasses.replace(config, steps=1, sample_every=0))
     with pytest.raises(InputError, match="trained the model and no adapters"):
         export_adapters(Path(config.out_dir), tmp_path / "peft")
 

@@ -14,11 +14,11 @@ from jaxchunk.errors import InputError, RunFailedError
 from jaxchunk.run_dir import read_json_lines
 from jaxchunk.telemetry import Monitor, NotSupported, SimulatedDevice
 from jaxchunk.telemetry.simulation.simulated import Constant
-from jaxchunk.training import loop
+from jaxchunk.training import trainer
 
 
 def run(config):
-    summary = loop.train(config)
+    summary = trainer.train(config)
     path = Path(config.out_dir)
     return summary, read_json_lines(path / "steps.jsonl"), read_json_lines(path / "validation.jsonl")
 
@@ -85,7 +85,7 @@ def test_energy_of_every_step_comes_from_the_device(config, monkeypatch, failing
         device = SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=0.005, failing=failing)
         return Monitor(device, csv_path=csv_path, poll_period_s=0.001, sample_period_s=0.002)
 
-    monkeypatch.setattr(loop, "open_monitor", open_simulated)
+    monkeypatch.setattr(trainer, "open_monitor", open_simulated)
     summary, steps, _ = run(dataclasses.replace(config, val_every=0, keep_checkpoints=0))
     assert {record["energy_source"] for record in steps} == {source}
     known = [record for record in steps if record["energy_j"] is not None]
@@ -102,14 +102,14 @@ def test_energy_of_every_step_comes_from_the_device(config, monkeypatch, failing
 
 
 def test_an_interrupt_keeps_what_was_measured(config, monkeypatch, capsys):
-    append = loop.RunDirectory.append
+    append = trainer.RunDirectory.append
 
     def interrupt_at_step_3(self, name, record):
         append(self, name, record)
         if record.get("step") == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.RunDirectory, "append", interrupt_at_step_3)
+    monkeypatch.setattr(trainer.RunDirectory, "append", interrupt_at_step_3)
     summary, steps, validation = run(config)
     assert summary["status"] == "interrupted"
     assert 3 <= summary["steps"] == len(steps) < 12
@@ -120,7 +120,7 @@ def test_an_interrupt_keeps_what_was_measured(config, monkeypatch, capsys):
 @pytest.mark.figure
 def test_a_bad_loss_stops_the_run_and_says_where(config):
     with pytest.raises(RunFailedError, match="the loss is nan at step"):
-        loop.train(dataclasses.replace(config, lr=1e30, grad_clip=1e30))
+        trainer.train(dataclasses.replace(config, lr=1e30, grad_clip=1e30))
     path = Path(config.out_dir)
     steps = read_json_lines(path / "steps.jsonl")
     assert steps and steps[-1]["loss"] is None  # JSON has no NaN
@@ -131,7 +131,7 @@ def test_a_bad_loss_stops_the_run_and_says_where(config):
 
 
 def test_what_was_chosen_and_the_hash_of_the_text_are_recorded(config):
-    loop.train(config)
+    trainer.train(config)
     environment = json.loads((Path(config.out_dir) / "env.json").read_text())
     assert environment["chosen"]["lmhead_impl"] == "xla"
     assert environment["chosen"]["micro_batch_size"] == 4
@@ -144,7 +144,7 @@ def test_a_counter_that_stands_still_costs_a_second_and_not_one_a_step(config, m
     def open_simulated(jax_device, *, csv_path, **_):
         return Monitor(SimulatedDevice(Constant(300.0), time.perf_counter, tick_s=1e9), csv_path=csv_path)
 
-    monkeypatch.setattr(loop, "open_monitor", open_simulated)
+    monkeypatch.setattr(trainer, "open_monitor", open_simulated)
     _, steps, validation = run(dataclasses.replace(config, val_every=0))
     assert len(steps) == 12
     assert all(record["energy_j"] is None and record["energy_null_reason"] for record in steps)
@@ -153,5 +153,5 @@ def test_a_counter_that_stands_still_costs_a_second_and_not_one_a_step(config, m
 
 def test_named_attention_that_cannot_run_is_refused(config):
     with pytest.raises(InputError, match="cuDNN attention cannot run: JAX runs on cpu"):
-        loop.train(dataclasses.replace(config, attention="cudnn"))
+        trainer.train(dataclasses.replace(config, attention="cudnn"))
     assert not Path(config.out_dir).exists()

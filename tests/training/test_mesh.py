@@ -16,7 +16,7 @@ from jaxchunk.errors import InputError
 from jaxchunk.models import qwen2
 from jaxchunk.models.partition import AXES, batch_spec
 from jaxchunk.run_dir import read_json_lines
-from jaxchunk.training import loop
+from jaxchunk.training import loop, trainer
 from jaxchunk.training.checkpoint import Checkpoints, restore
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.memory import estimate_bytes
@@ -167,12 +167,12 @@ def test_a_checkpoint_is_restored_on_another_mesh(tmp_path, before, after):
 def test_a_run_goes_on_on_another_mesh_and_says_so(config, monkeypatch, capsys):
     config = dataclasses.replace(config, checkpoint_every=4, val_every=0, lmhead_chunks=1, micro_batch_size=None)
     whole = dataclasses.replace(config, out_dir=f"{config.out_dir}-whole", keep_checkpoints=0)
-    loop.train(whole)
+    trainer.train(whole)
     with monkeypatch.context() as patched:
         patched.setattr(loop, "_stretches", lambda *_: [(1, 4)])  # as if it had been killed
-        loop.train(config)
+        trainer.train(config)
     capsys.readouterr()
-    summary = loop.train(dataclasses.replace(config, mesh_data=1, mesh_fsdp=2, mesh_model=2, resume=True))
+    summary = trainer.train(dataclasses.replace(config, mesh_data=1, mesh_fsdp=2, mesh_model=2, resume=True))
     assert (summary["status"], summary["steps"]) == ("completed", 12)
     out = capsys.readouterr().out
     assert "4 of 8, mesh 1 data x 2 fsdp x 2 model" in out

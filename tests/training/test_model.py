@@ -15,7 +15,7 @@ from jaxchunk.errors import InputError
 from jaxchunk.models import hf, qwen2
 from jaxchunk.models.rope import Llama3Rope
 from jaxchunk.run_dir import read_json_lines
-from jaxchunk.training import loop
+from jaxchunk.training import trainer
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.model import choose_model
 
@@ -51,7 +51,7 @@ def config(tmp_path, checkpoint):
 
 
 def losses(config):
-    loop.train(config)
+    trainer.train(config)
     return [record["loss"] for record in read_json_lines(Path(config.out_dir) / "steps.jsonl")]
 
 
@@ -94,7 +94,7 @@ def test_sizes_have_names_and_no_checkpoint():
 
 def refuse(config, words):
     with pytest.raises(InputError, match=words) as caught:
-        loop.train(config)
+        trainer.train(config)
     assert "\n" not in str(caught.value)
     assert not Path(config.out_dir).exists()
 
@@ -163,9 +163,9 @@ def test_a_run_goes_on_without_the_directory_that_it_began_from(config, checkpoi
     with pytest.raises(
         InputError, match=r"--hf_model .*checkpoint is gone, and with it its tokenizer.json, .*--tokenizer"
     ):
-        loop.train(config)
+        trainer.train(config)
     with pytest.raises(InputError, match=r"--hf_model is None, was .*checkpoint, and the run would become another one"):
-        loop.train(dataclasses.replace(config, hf_model=None))
+        trainer.train(dataclasses.replace(config, hf_model=None))
     capsys.readouterr()
     assert losses(dataclasses.replace(config, tokenizer=str(tokenizer), model="qwen2-0.5b")) == whole
     assert "checkpoint, weights of step 2, 0.0 M parameters" in capsys.readouterr().out

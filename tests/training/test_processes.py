@@ -15,7 +15,7 @@ import pytest
 from jaxchunk.errors import InputError
 from jaxchunk.run_dir import read_json_lines
 from jaxchunk.telemetry import Window
-from jaxchunk.training import loop
+from jaxchunk.training import loop, trainer
 from jaxchunk.training.checkpoint import saved_steps
 from jaxchunk.training.energy_sum import add_up
 from jaxchunk.training.processes import Processes, join
@@ -98,7 +98,7 @@ def test_two_processes_learn_what_one_does_stop_together_and_go_on(config, tmp_p
     alone = dataclasses.replace(config, val_every=0, keep_checkpoints=0)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop, "_stretches", lambda *_: [(1, 3)])  # of the same schedule
-        loop.train(alone)
+        trainer.train(alone)
     expected = learned(steps_of(Path(alone.out_dir)))
     np.testing.assert_allclose(learned(steps[:3]), expected, rtol=1e-5)
 

@@ -20,7 +20,7 @@ from jaxchunk.models import qwen2
 from jaxchunk.run_dir import RunDirectory, read_json_lines
 from jaxchunk.telemetry import Monitor, SimulatedDevice
 from jaxchunk.telemetry.simulation.simulated import Constant
-from jaxchunk.training import checkpoint, loop, plan, resume
+from jaxchunk.training import checkpoint, plan, resume, trainer
 from jaxchunk.training.checkpoint import Checkpoints, load_params, saved_steps
 from jaxchunk.training.mesh import Shards
 from jaxchunk.training.programs import compile_programs, compiler_options, must_loop
@@ -70,7 +70,7 @@ def learned(config):
 @pytest.fixture
 def uninterrupted(config, tmp_path):
     whole = dataclasses.replace(config, out_dir=str(tmp_path / "whole"))
-    loop.train(whole)
+    trainer.train(whole)
     return learned(whole)
 
 
@@ -78,7 +78,7 @@ def uninterrupted(config, tmp_path):
 def test_a_stopped_run_goes_on_to_the_bit(config, uninterrupted, monkeypatch, capsys, stop, status):
     """Stopped between checkpoints and validations, and once more."""
     stop_after(monkeypatch, 2, stop)
-    summary = loop.train(config)
+    summary = trainer.train(config)
     done = summary["steps"]
     assert summary["status"] == status and 2 <= done < 12
     assert saved_steps(Path(config.out_dir)) == [done]
@@ -87,8 +87,8 @@ def test_a_stopped_run_goes_on_to_the_bit(config, uninterrupted, monkeypatch, ca
         in capsys.readouterr().out
     )
     stop_after(monkeypatch, 8, stop)
-    assert loop.train(resumed(config))["status"] == status
-    summary = loop.train(resumed(config))
+    assert trainer.train(resumed(config))["status"] == status
+    summary = trainer.train(resumed(config))
     assert (summary["status"], summary["steps"]) == ("completed", 12)
     assert learned(config) == uninterrupted
     stretches = lines(config, "stretches.jsonl")
@@ -106,20 +106,20 @@ def test_a_stop_while_the_last_step_is_being_saved_saves_it_once(config, monkeyp
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Checkpoints, "save", save_and_stop)
-    assert loop.train(config)["status"] == "stopped"
+    assert trainer.train(config)["status"] == "stopped"
     assert saved_steps(Path(config.out_dir)) == [4]
     assert "could not be written" not in capsys.readouterr().out
 
 
 def test_what_was_recorded_after_the_checkpoint_is_recorded_anew(config, uninterrupted):
     """As a kill leaves it: records beyond the newest checkpoint, the last of them cut."""
-    loop.train(config)
+    trainer.train(config)
     path = Path(config.out_dir)
     shutil.rmtree(path / "checkpoints" / "12")
     with (path / "steps.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
     assert saved_steps(path) == [8]
-    summary = loop.train(resumed(config))
+    summary = trainer.train(resumed(config))
     assert summary["status"] == "completed"
     assert learned(config) == uninterrupted
     assert summary["training_time_s"] == pytest.approx(
@@ -128,15 +128,15 @@ def test_what_was_recorded_after_the_checkpoint_is_recorded_anew(config, uninter
 
 
 def test_a_completed_run_can_be_made_longer(config, caplog, capsys):
-    loop.train(config)
+    trainer.train(config)
     first = lines(config, "steps.jsonl")
     assert "were there already" not in capsys.readouterr().out
-    assert loop.train(resumed(config))["steps"] == 12
+    assert trainer.train(resumed(config))["steps"] == 12
     assert "all of its 12 steps were there already" in capsys.readouterr().out
     assert lines(config, "steps.jsonl") == first
     with pytest.raises(InputError, match=r"--steps is 11, was 12; it can only become larger"):
-        loop.train(resumed(config, steps=11))
-    assert loop.train(resumed(config, steps=14))["steps"] == 14
+        trainer.train(resumed(config, steps=11))
+    assert trainer.train(resumed(config, steps=14))["steps"] == 14
     assert lines(config, "steps.jsonl")[:12] == first
     assert "--steps is 14, was 12: from here on the learning rate follows the longer schedule" in caplog.text
 
@@ -158,7 +158,7 @@ def test_a_completed_run_can_be_made_longer(config, caplog, capsys):
 def test_a_flag_that_makes_another_run_is_refused(config, stored, change, words):
     before = (Path(config.out_dir) / "steps.jsonl").read_text()
     with pytest.raises(InputError, match=words):
-        loop.train(resumed(config, **change))
+        trainer.train(resumed(config, **change))
     assert (Path(config.out_dir) / "steps.jsonl").read_text() == before
 
 
@@ -166,12 +166,12 @@ def test_a_flag_that_makes_another_run_is_refused(config, stored, change, words)
 def stored(config, monkeypatch):
     """A run that was stopped after a few steps."""
     stop_after(monkeypatch, 2)
-    loop.train(config)
+    trainer.train(config)
 
 
 def test_what_changes_nothing_or_only_rounding_may_be_changed(config, stored, caplog):
     changes = {"val_every": 6, "checkpoint_every": 0, "keep_checkpoints": 1, "max_bad_steps": 5}
-    assert loop.train(resumed(config, **changes))["steps"] == 12
+    assert trainer.train(resumed(config, **changes))["steps"] == 12
     assert saved_steps(Path(config.out_dir)) == [12]
     about = checkpoint.read_about(Path(config.out_dir), 12)
     other = dataclasses.replace(config, micro_batch_size=2, remat="full")
@@ -181,10 +181,10 @@ def test_what_changes_nothing_or_only_rounding_may_be_changed(config, stored, ca
 
 def test_the_micro_batch_stays_what_was_chosen(config, stored, monkeypatch):
     monkeypatch.setattr(
-        loop, "prepare", lambda config, *_: (_ for _ in ()).throw(AssertionError(config.micro_batch_size))
+        trainer, "prepare", lambda config, *_: (_ for _ in ()).throw(AssertionError(config.micro_batch_size))
     )
     with pytest.raises(AssertionError, match="4"):
-        loop.train(resumed(config, micro_batch_size=None))
+        trainer.train(resumed(config, micro_batch_size=None))
 
 
 def test_changed_data_is_refused_unless_told(config, stored, caplog, tmp_path):
@@ -192,30 +192,30 @@ def test_changed_data_is_refused_unless_told(config, stored, caplog, tmp_path):
     same.parent.mkdir()
     Path(config.data).rename(same)
     with pytest.raises(InputError, match="cannot read"):
-        loop.train(resumed(config))
+        trainer.train(resumed(config))
     Path(config.data).write_text(same.read_text() + "and one line more\n" * 40)
     with pytest.raises(
         InputError, match=r"the data changed since the checkpoint of step \d: --data is .*allow_changed_data"
     ):
-        loop.train(resumed(config))
-    assert loop.train(resumed(config, data=str(same), steps=12))["steps"] == 12
-    assert loop.train(resumed(config, allow_changed_data=True, steps=14))["steps"] == 14
+        trainer.train(resumed(config))
+    assert trainer.train(resumed(config, data=str(same), steps=12))["steps"] == 12
+    assert trainer.train(resumed(config, allow_changed_data=True, steps=14))["steps"] == 14
     assert "warning: the data changed since the checkpoint of step 12" in caplog.text
 
 
 def test_without_a_checkpoint_a_run_starts_from_the_beginning(config, caplog, monkeypatch):
-    assert loop.train(resumed(config))["steps"] == 12
+    assert trainer.train(resumed(config))["steps"] == 12
     assert f"--resume: no checkpoint in {config.out_dir}; the run starts from the beginning" in caplog.text
     shutil.rmtree(Path(config.out_dir) / "checkpoints")  # killed before the first one
-    assert loop.train(resumed(config))["steps"] == 12
+    assert trainer.train(resumed(config))["steps"] == 12
     assert len(lines(config, "steps.jsonl")) == 12
 
 
 def test_a_run_that_saves_no_checkpoints_is_not_replaced(config):
-    loop.train(dataclasses.replace(config, keep_checkpoints=0))
+    trainer.train(dataclasses.replace(config, keep_checkpoints=0))
     assert not (Path(config.out_dir) / "checkpoints").exists()
     with pytest.raises(InputError, match="saves no checkpoints; choose another out_dir, or --overwrite"):
-        loop.train(resumed(config))
+        trainer.train(resumed(config))
     assert len(lines(config, "steps.jsonl")) == 12
 
 
@@ -225,15 +225,15 @@ def test_a_run_that_saves_no_checkpoints_is_not_replaced(config):
 )
 def test_resume_says_what_it_needs(config, change, words):
     with pytest.raises(InputError, match=words):
-        loop.train(resumed(config, **change))
+        trainer.train(resumed(config, **change))
 
 
 def test_an_unreadable_checkpoint_is_named_and_an_older_one_taken(config, uninterrupted, caplog):
-    loop.train(config)
+    trainer.train(config)
     path = Path(config.out_dir)
     assert saved_steps(path) == [12, 8]
     (path / "checkpoints" / "12" / "optimizer" / "manifest.ocdbt").unlink()
-    assert loop.train(resumed(config))["steps"] == 12
+    assert trainer.train(resumed(config))["steps"] == 12
     assert "the checkpoint of step 12 cannot be read (NOT_FOUND" in caplog.text
     assert "taking that of 8" in caplog.text
     assert learned(config) == uninterrupted
@@ -246,7 +246,7 @@ def test_if_no_checkpoint_can_be_read_nothing_is_touched(config, stored):
     (path / "checkpoints" / str(step) / "run" / "metadata").write_text('{"format": 99}')
     before = (path / "steps.jsonl").read_text()
     with pytest.raises(InputError, match=f"that of step {step}: it has format 99, and this jaxchunk reads format 1"):
-        loop.train(resumed(config))
+        trainer.train(resumed(config))
     assert (path / "steps.jsonl").read_text() == before and (path / "summary.json").exists()
 
 
@@ -254,15 +254,15 @@ def test_the_best_by_validation_stays(config, monkeypatch):
     """Validations at 4, 8 and 12, of which the first is the best."""
     losses = iter([1.0, 2.0, 3.0])
     programs = []
-    prepare = loop.prepare
+    prepare = trainer.prepare
 
     def prepare_with_losses(*arguments):
         plan = prepare(*arguments)
         programs.append(plan.programs._replace(eval_step=lambda params, batch: (next(losses), 1)))
         return dataclasses.replace(plan, programs=programs[-1])
 
-    monkeypatch.setattr(loop, "prepare", prepare_with_losses)
-    loop.train(dataclasses.replace(config, val_every=4, val_batches=1, keep_checkpoints=1))
+    monkeypatch.setattr(trainer, "prepare", prepare_with_losses)
+    trainer.train(dataclasses.replace(config, val_every=4, val_batches=1, keep_checkpoints=1))
     path = Path(config.out_dir)
     assert saved_steps(path) == [12, 4]
     assert (load_params(path).step, load_params(path, best=True).step) == (12, 4)
@@ -277,7 +277,7 @@ def test_a_disk_that_is_full_during_a_save_does_not_end_the_run(config, uninterr
         return make(path, *arguments, **options)
 
     monkeypatch.setattr(os, "mkdir", full)
-    summary = loop.train(config)
+    summary = trainer.train(config)
     assert summary["status"] == "completed"
     assert (
         "the checkpoint of step 8 could not be written: No space left on device; that of step 4 stays"
@@ -301,7 +301,7 @@ def test_a_record_that_meets_the_full_disk_is_written_when_the_save_has_failed(c
 
     monkeypatch.setattr(RunDirectory, "append", append_on_a_full_disk)
     monkeypatch.setattr(Checkpoints, "wait", lambda self: (waits.append(len(refused)), wait(self))[1])
-    assert loop.train(config)["status"] == "completed"
+    assert trainer.train(config)["status"] == "completed"
     assert refused and 1 in waits
     assert [record["step"] for record in lines(config, "steps.jsonl")] == list(range(1, 13))
 
@@ -316,7 +316,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(config, monkey
 
     monkeypatch.setattr(os, "mkdir", full)
     with pytest.raises(RunFailedError, match="no checkpoint of step 12, the last; go on from the checkpoint of step 8"):
-        loop.train(config)
+        trainer.train(config)
     assert json.loads((Path(config.out_dir) / "summary.json").read_text())["steps"] == 12
 
 
@@ -325,14 +325,14 @@ class PoisonedSteps:
 
     def __init__(self, monkeypatch, bad):
         self.bad = bad
-        prepare = loop.prepare
+        prepare = trainer.prepare
 
         def prepare_poisoned(*arguments):
             plan = prepare(*arguments)
             poisoned = {n: functools.partial(self.step, step) for n, step in plan.train_steps.items()}
             return dataclasses.replace(plan, train_steps=poisoned)
 
-        monkeypatch.setattr(loop, "prepare", prepare_poisoned)
+        monkeypatch.setattr(trainer, "prepare", prepare_poisoned)
 
     def step(self, train_step, state, batch):
         number = int(state.step) + 1
@@ -345,12 +345,12 @@ def test_bad_steps_in_a_row_end_the_run_and_the_last_good_state_is_kept(config, 
     with pytest.raises(
         RunFailedError, match=r"the loss is nan at step 9, bad step 3 in a row; go on from the checkpoint of step 4"
     ):
-        loop.train(config)
+        trainer.train(config)
     assert "the loss is nan at step 3: it changes no parameter" in capsys.readouterr().out
     assert saved_steps(Path(config.out_dir)) == [4]  # at step 8 the state was in doubt
     with pytest.raises(RunFailedError, match="at step 10, bad step 4 in a row"):
-        loop.train(resumed(config, max_bad_steps=4))
-    assert loop.train(resumed(config, max_bad_steps=5))["status"] == "completed"
+        trainer.train(resumed(config, max_bad_steps=4))
+    assert trainer.train(resumed(config, max_bad_steps=5))["status"] == "completed"
 
 
 def test_a_stop_among_bad_steps_saves_nothing_in_doubt(config, monkeypatch):
@@ -359,9 +359,9 @@ def test_a_stop_among_bad_steps_saves_nothing_in_doubt(config, monkeypatch):
     with pytest.raises(
         RunFailedError, match=r"no checkpoint of step [56], the last; go on from the checkpoint of step 4"
     ):
-        loop.train(config)
+        trainer.train(config)
     with pytest.raises(RunFailedError, match="at step 7, bad step 3 in a row"):
-        loop.train(resumed(config))
+        trainer.train(resumed(config))
 
 
 def test_no_energy_is_attributed_to_the_time_between_two_processes(config, monkeypatch):
@@ -386,11 +386,11 @@ def test_no_energy_is_attributed_to_the_time_between_two_processes(config, monke
         return Monitor(device, csv_path=csv_path, append_csv=append_csv, poll_period_s=0.001, sample_period_s=0.002)
 
     monkeypatch.setattr(data, "train_batches", SlowBatches)
-    monkeypatch.setattr(loop, "open_monitor", open_simulated)
+    monkeypatch.setattr(trainer, "open_monitor", open_simulated)
     stop_after(monkeypatch, 6)
-    first = loop.train(config)
+    first = trainer.train(config)
     time.sleep(1.0)
-    summary = loop.train(resumed(config))
+    summary = trainer.train(resumed(config))
     assert summary["energy_j"] == pytest.approx(300.0 * summary["training_time_s"], rel=0.1)
     assert summary["energy_j"] > first["energy_j"]
     assert summary["training_time_s"] == pytest.approx(sum(r["step_time_s"] for r in lines(config, "steps.jsonl")))
@@ -429,10 +429,10 @@ def test_a_deterministic_run_on_a_gpu_goes_on_to_the_bit(config, monkeypatch, tm
         compilation_cache=False,
     )  # fmt: skip
     whole = dataclasses.replace(config, out_dir=str(tmp_path / "whole"))
-    loop.train(whole)
+    trainer.train(whole)
     stop_after(monkeypatch, 5)
-    assert loop.train(config)["status"] == "stopped"
-    assert loop.train(resumed(config))["status"] == "completed"
+    assert trainer.train(config)["status"] == "stopped"
+    assert trainer.train(resumed(config))["status"] == "completed"
     assert learned(config) == learned(whole)
 
 
@@ -447,6 +447,6 @@ def test_checkpoints_can_be_read_while_the_run_goes_on(config, monkeypatch):
             seen.append(load_params(config.out_dir).step)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_read)
-    assert loop.train(config)["status"] == "completed"
+    assert trainer.train(config)["status"] == "completed"
     assert seen and all(step >= 4 for step in seen)
     assert saved_steps(Path(config.out_dir)) == [12, 8]

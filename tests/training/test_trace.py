@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxchunk.training import loop
+from jaxchunk.training import trainer
 from jaxchunk.training.trace import PROGRAM, StepTrace
 
 
@@ -61,7 +61,7 @@ def test_an_interrupt_ends_it(profiler):
 
 
 def test_a_run_leaves_a_trace(config, capsys):
-    loop.train(dataclasses.replace(config, steps=3, val_every=0, keep_checkpoints=0, profile_steps="2:2"))
+    trainer.train(dataclasses.replace(config, steps=3, val_every=0, keep_checkpoints=0, profile_steps="2:2"))
     assert list((Path(config.out_dir) / "profile").rglob("perfetto_trace.json.gz"))
     with gzip.open(Path(config.out_dir) / "profile" / PROGRAM, "rt") as file:
         assert "/optimizer/" in file.read()

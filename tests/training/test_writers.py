@@ -10,7 +10,7 @@ import types
 import pytest
 
 from jaxchunk.errors import InputError
-from jaxchunk.training import loop, writers
+from jaxchunk.training import trainer, writers
 from jaxchunk.training.config import TrainConfig, validate
 
 
@@ -107,7 +107,7 @@ def test_one_that_fails_is_given_up_with_a_word(tmp_path, wandb):
 def test_a_run_writes_to_both_what_it_records(config, wandb, tmp_path):
     pytest.importorskip("tensorboardX")
     config = dataclasses.replace(config, log=("tensorboard", "wandb"))
-    loop.train(config)
+    trainer.train(config)
     run = tmp_path / "run"
     steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     losses = [(values["step"], values["loss"]) for values in wandb.logged if "loss" in values]

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from jaxchunk.models import qwen2
-from jaxchunk.training import loop
+from jaxchunk.training import trainer
 from jaxchunk.training.config import TrainConfig
 
 rename = os.rename
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", runs[0][0].cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     for config, die_at in runs:  # noqa: B007 (read by rename_or_die)
-        loop.train(config)
+        trainer.train(config)
