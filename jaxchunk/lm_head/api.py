@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import checks, chunked, differentiation, dispatch, label_offset, reference, sharding
+from jaxchunk.lm_head.chunks import live_labels, live_rows
 from jaxchunk.lm_head.metrics import LMHeadMetrics, metrics_of, undifferentiable
 from jaxchunk.lm_head.rows import RowOptions, statistics_dtype
 from jaxchunk.lm_head.sharding import AxisNames, Placement
@@ -131,8 +132,10 @@ def lm_head_loss(
     checks.check_num_chunks(num_chunks)
     checks.check_reduction(reduction, normalizer)
     vocab_dim = weight_layout.index("v")
+    scale = None
     if isinstance(logit_scale, jax.core.Tracer):
-        hidden, logit_scale = _scaled(hidden, logit_scale), 1.0
+        checks.check_traced_scale(logit_scale)
+        scale, logit_scale = logit_scale, 1.0
     if bias is not None:
         bias = checks.as_array("bias", bias)
         checks.check_bias(bias, weight.shape[vocab_dim])
@@ -142,7 +145,7 @@ def lm_head_loss(
         token_weights = token_weights.astype(statistics_dtype(compute_dtype))
     if normalizer is not None:
         normalizer = jnp.asarray(normalizer)
-    operands = Operands(hidden, weight, labels, bias, token_weights, normalizer)
+    operands = Operands(hidden, weight, labels, bias, token_weights, normalizer, scale)
     placement = sharding.place(token_axis, vocab_axis, operands, vocab_dim)
     options = RowOptions(
         vocab_size=weight.shape[vocab_dim] * sharding.slices(placement),
@@ -225,6 +228,8 @@ class Operands(NamedTuple):
     bias: Float[Array, " V"] | None
     token_weights: Float[Array, "*batch"] | None
     normalizer: Array | None
+    scale: Array | None
+    """A traced `logit_scale`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +268,7 @@ def _loss_over_mesh(
 
 def _loss_here(operands: Operands, settings: _Settings, placement: Placement) -> tuple[Array, LMHeadMetrics | None]:
     """The loss of this device's tokens, combined with that of the others where mesh axes are named."""
-    hidden, weight, labels, bias, token_weights, normalizer = operands
+    hidden, weight, labels, bias, token_weights, normalizer, scale = operands
     shape, num_tokens = labels.shape, labels.size
     labels, hidden = labels.reshape(num_tokens), hidden.reshape(num_tokens, hidden.shape[-1])
     if token_weights is not None:
@@ -273,6 +278,8 @@ def _loss_here(operands: Operands, settings: _Settings, placement: Placement) ->
     if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
         row_labels, row_weight, valid = jnp.full(1, -1), jnp.zeros(1, row_weight.dtype), jnp.zeros(1, bool)
         hidden = jnp.pad(hidden, ((0, 1), (0, 0)))
+    if scale is not None:
+        hidden = _scaled(hidden, scale, live_labels(hidden, row_labels, row_weight))
     implementation = settings.choice.implementation
     chunk_rows, chunks = split_rows(row_labels.size, settings.num_chunks, dispatch.rows_multiple(implementation))
     if chunks != settings.num_chunks and num_tokens and implementation != "reference":
@@ -359,8 +366,7 @@ def _rows(
     return row_labels, row_weight
 
 
-def _scaled(hidden: Array, logit_scale: Array) -> Array:
-    if logit_scale.ndim != 0:
-        raise ValueError(f"logit_scale has shape {logit_scale.shape}; it must be a scalar")
+def _scaled(hidden: Array, scale: Array, row_labels: Array) -> Array:
+    """`hidden` times the scale; 0 in rows that drop out, or their NaN would be in the gradient of the scale."""
     dtype = statistics_dtype(hidden.dtype)
-    return hidden.astype(dtype) * logit_scale.astype(dtype)
+    return live_rows(hidden, row_labels, dtype) * scale.astype(dtype)

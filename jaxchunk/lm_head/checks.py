@@ -128,6 +128,12 @@ def scale_in_range(logit_scale: Any) -> float:
     return value
 
 
+def check_traced_scale(logit_scale: Array) -> None:
+    """A scalar: its value is not known."""
+    if logit_scale.ndim != 0:
+        raise ValueError(f"logit_scale has shape {logit_scale.shape}; it must be a scalar")
+
+
 def check_bias(bias: Array, vocab_size: int) -> None:
     """One number for each vocabulary entry."""
     if bias.dtype not in _DTYPES:
