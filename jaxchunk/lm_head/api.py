@@ -122,9 +122,9 @@ def lm_head_loss(
     section 3.1 (the chunking); `lm_head/rows.py` has the arithmetic of a row. Label smoothing: Szegedy et al., 2016;
     z-loss: Chowdhery et al., 2022 (PaLM), section 5; softcap: Gemma Team, 2024 (Gemma 2), section 2.
     """
-    given_labels = labels if isinstance(labels, Array) else np.asarray(labels)  # jnp.asarray would narrow them
+    given_labels = labels if isinstance(labels, Array) else np.asarray(labels)
     hidden, weight = checks.as_array("hidden", hidden), checks.as_array("weight", weight)
-    labels = checks.as_array("labels", given_labels)
+    labels = checks.as_labels(given_labels)
     compute_dtype = checks.as_dtype("compute_dtype", hidden.dtype if compute_dtype is None else compute_dtype)
     accum_dtype = checks.as_dtype("accum_dtype", accum_dtype)
     checks.check_operands(hidden, weight, labels, weight_layout)
