@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from jaxchunk.lm_head.chunks import split_rows
@@ -72,7 +73,7 @@ def interleave(
     leaves, tree = jax.tree.flatten(shared)
     axes = varying_axes(*jax.tree.leaves(rows))  # inside of a jax.shard_map: what is summed over them is summed once
     zeros = [varying_over(_zeros_for_cotangents(accum_dtype, a), axes) if _is_float(a) else None for a in leaves]
-    fixed = [varying_over(lax.stop_gradient(a), axes) if _is_float(a) else a for a in leaves]
+    fixed = [varying_over(_without_cotangent(a), axes) if _is_float(a) else a for a in leaves]
 
     def step(chunk: Any, zeros: list[Array | None]) -> Any:
         pairs = zip(fixed, zeros, strict=True)
@@ -103,6 +104,19 @@ def _wide(tree: Any, accum_dtype: DTypeLike) -> Any:
 
 # Cotangents of a loop's constants are added up in the constants' dtype. So a weight's values go into the loop without a
 # gradient, and beside them zeros in `accum_dtype`, which no stage reads (XLA drops them) and which get the cotangents.
+
+
+@jax.custom_jvp
+def _without_cotangent(leaf: Any) -> Any:
+    """`lax.stop_gradient` for first derivatives only: the first ones themselves depend on the values."""
+    return leaf
+
+
+@functools.partial(_without_cotangent.defjvp, symbolic_zeros=True)
+def _without_cotangent_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, SymbolicZero]:
+    del tangents
+    (leaf,) = primals
+    return leaf, SymbolicZero(jax.typeof(leaf).to_tangent_aval())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -50,6 +50,21 @@ def test_numbers_and_gradients_are_those_of_the_unchunked_functions(num_chunks, 
     np.testing.assert_allclose(jax.jit(chunked)(x, weights), unchunked(x, weights), rtol=1e-5)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_second_derivatives_are_those_of_the_unchunked_functions(remat):
+    x, weights = operands()
+
+    def squared_gradients(f):
+        gradients = jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), (0, 1))
+        return lambda x, w: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradients(x, w)))
+
+    found, expected = (
+        jax.jit(jax.grad(squared_gradients(f), (0, 1)))(x, weights)
+        for f in (functools.partial(interleave, STAGES, num_chunks=4, remat=remat), unchunked)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("axis", [0, 1, -2])
 def test_any_axis_and_any_tree(axis):
     x, weights = operands(T=30)

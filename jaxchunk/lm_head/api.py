@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head import checks, chunked, differentiation, dispatch, label_offset, reference, sharding
-from jaxchunk.lm_head.chunks import split_rows
+from jaxchunk.lm_head.chunks import live_labels, live_rows, split_rows
 from jaxchunk.lm_head.metrics import LMHeadMetrics, metrics_of, undifferentiable
 from jaxchunk.lm_head.rows import RowOptions, statistics_dtype
 from jaxchunk.lm_head.sharding import AxisNames, Placement
@@ -122,9 +122,9 @@ def lm_head_loss(
     section 3.1 (the chunking); `lm_head/rows.py` has the arithmetic of a row. Label smoothing: Szegedy et al., 2016;
     z-loss: Chowdhery et al., 2022 (PaLM), section 5; softcap: Gemma Team, 2024 (Gemma 2), section 2.
     """
-    given_labels = labels if isinstance(labels, Array) else np.asarray(labels)  # jnp.asarray would narrow them
+    given_labels = labels if isinstance(labels, Array) else np.asarray(labels)
     hidden, weight = checks.as_array("hidden", hidden), checks.as_array("weight", weight)
-    labels = checks.as_array("labels", given_labels)
+    labels = checks.as_labels(given_labels)
     compute_dtype = checks.as_dtype("compute_dtype", hidden.dtype if compute_dtype is None else compute_dtype)
     accum_dtype = checks.as_dtype("accum_dtype", accum_dtype)
     checks.check_operands(hidden, weight, labels, weight_layout)
@@ -132,8 +132,10 @@ def lm_head_loss(
     checks.check_num_chunks(num_chunks)
     checks.check_reduction(reduction, normalizer)
     vocab_dim = weight_layout.index("v")
+    scale = None
     if isinstance(logit_scale, jax.core.Tracer):
-        hidden, logit_scale = _scaled(hidden, logit_scale), 1.0
+        checks.check_traced_scale(logit_scale)
+        scale, logit_scale = logit_scale, 1.0
     if bias is not None:
         bias = checks.as_array("bias", bias)
         checks.check_bias(bias, weight.shape[vocab_dim])
@@ -143,7 +145,7 @@ def lm_head_loss(
         token_weights = token_weights.astype(statistics_dtype(compute_dtype))
     if normalizer is not None:
         normalizer = jnp.asarray(normalizer)
-    operands = Operands(hidden, weight, labels, bias, token_weights, normalizer)
+    operands = Operands(hidden, weight, labels, bias, token_weights, normalizer, scale)
     placement = sharding.place(token_axis, vocab_axis, operands, vocab_dim)
     options = RowOptions(
         vocab_size=weight.shape[vocab_dim] * sharding.slices(placement),
@@ -217,6 +219,8 @@ class Operands(NamedTuple):
     bias: Float[Array, " V"] | None
     token_weights: Float[Array, "*batch"] | None
     normalizer: Array | None
+    scale: Array | None
+    """A traced `logit_scale`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +259,7 @@ def _loss_over_mesh(
 
 def _loss_here(operands: Operands, settings: _Settings, placement: Placement) -> tuple[Array, LMHeadMetrics | None]:
     """The loss of this device's tokens, combined with that of the others where mesh axes are named."""
-    hidden, weight, labels, bias, token_weights, normalizer = operands
+    hidden, weight, labels, bias, token_weights, normalizer, scale = operands
     shape, num_tokens = labels.shape, labels.size
     labels, hidden = labels.reshape(num_tokens), hidden.reshape(num_tokens, hidden.shape[-1])
     if token_weights is not None:
@@ -265,6 +269,8 @@ def _loss_here(operands: Operands, settings: _Settings, placement: Placement) ->
     if num_tokens == 0:  # one ignored token, so that no implementation meets an empty grid
         row_labels, row_weight, valid = jnp.full(1, -1), jnp.zeros(1, row_weight.dtype), jnp.zeros(1, bool)
         hidden = jnp.pad(hidden, ((0, 1), (0, 0)))
+    if scale is not None:
+        hidden = _scaled(hidden, scale, live_labels(hidden, row_labels, row_weight))
     implementation = settings.choice.implementation
     chunk_rows, chunks = split_rows(row_labels.size, settings.num_chunks, dispatch.rows_multiple(implementation))
     if chunks != settings.num_chunks and num_tokens and implementation != "reference":
@@ -351,8 +357,7 @@ def _rows(
     return row_labels, row_weight
 
 
-def _scaled(hidden: Array, logit_scale: Array) -> Array:
-    if logit_scale.ndim != 0:
-        raise ValueError(f"logit_scale has shape {logit_scale.shape}; it must be a scalar")
+def _scaled(hidden: Array, scale: Array, row_labels: Array) -> Array:
+    """`hidden` times the scale; 0 in rows that drop out, or their NaN would be in the gradient of the scale."""
     dtype = statistics_dtype(hidden.dtype)
-    return hidden.astype(dtype) * logit_scale.astype(dtype)
+    return live_rows(hidden, row_labels, dtype) * scale.astype(dtype)

@@ -52,6 +52,14 @@ def as_array(name: str, value: Any) -> Array:
         raise TypeError(f"{name} is {value!r}; it must be an array of numbers") from None
 
 
+def as_labels(labels: Array | np.ndarray) -> Array:
+    """Labels as a JAX array; what is too large for it stays out of range: narrowed, 2^32 + 5 would be label 5."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
+        labels = labels.clip(limits.min, limits.max)
+    return as_array("labels", labels)
+
+
 def as_dtype(name: str, value: Any) -> jnp.dtype:
     """The dtype that was named."""
     try:
@@ -126,6 +134,12 @@ def scale_in_range(logit_scale: Any) -> float:
     if not 0 < _as_float32(value) < np.inf:
         raise ValueError(f"logit_scale is {logit_scale}; it must be a finite number greater than 0")
     return value
+
+
+def check_traced_scale(logit_scale: Array) -> None:
+    """A scalar: its value is not known."""
+    if logit_scale.ndim != 0:
+        raise ValueError(f"logit_scale has shape {logit_scale.shape}; it must be a scalar")
 
 
 def check_bias(bias: Array, vocab_size: int) -> None:

@@ -9,6 +9,8 @@ from jax import Array, lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
 
+from jaxchunk.lm_head import rows
+
 
 def split_rows(num_tokens: int, num_chunks: int, multiple: int = 1) -> tuple[int, int]:
     """Rows in a chunk and number of chunks: as even as can be, never more than `num_chunks`, none empty.
@@ -92,11 +94,11 @@ def _first_ahead(
 
 
 def live_labels(hidden: Array, labels: Array, row_weight: Array) -> Array:
-    """Rows of weight 0 drop out like ignored ones where `hidden` is not finite: a mask may cover NaN.
+    """Rows of weight 0 drop out like ignored ones where their logits may not be finite: a mask may cover NaN.
 
     The others stay: their losses are the gradients of their weights.
     """
-    return jnp.where((row_weight == 0) & ~jnp.all(jnp.isfinite(hidden), axis=-1), -1, labels)
+    return jnp.where((row_weight == 0) & ~rows.are_usable(hidden), -1, labels)
 
 
 def live_rows(x: Array, y: Array, dtype: DTypeLike) -> Array:

@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxchunk.lm_head.chunks import wider
-from jaxchunk.lm_head.rows import RowOptions, RowResults, statistics_dtype
+from jaxchunk.lm_head.rows import RowOptions, RowResults, are_usable, statistics_dtype
 
 
 def token_losses(
@@ -23,7 +23,7 @@ def token_losses(
     """
     dtype = statistics_dtype(wider(hidden.dtype, weight.dtype))
     # A row of weight 0 keeps its loss, for the gradient of its weight, unless there is none to speak of.
-    live = (labels >= 0) & ((row_weight != 0) | jnp.all(jnp.isfinite(hidden), axis=-1))
+    live = (labels >= 0) & ((row_weight != 0) | are_usable(hidden))
     x = jnp.where(live[:, None], hidden, 0).astype(dtype)
     z = options.logit_scale * jnp.matmul(x, weight.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
     if bias is not None:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+_LARGEST_HIDDEN = 1e30  # beyond, logits may overflow
 _LARGE_SOFTCAP = 100.0  # beyond, an error of 1e-7 c is no longer small
 
 # (tanh(x) / x - 1) / x^2 as a polynomial in x^2, fitted at Chebyshev nodes; tanh is right to 1.7e-8 below the end.
@@ -105,6 +106,11 @@ class RowCoefficients(NamedTuple):
 def statistics_dtype(dtype: Any) -> jnp.dtype:
     """What statistics of logits of this dtype are kept in."""
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def are_usable(hidden: Array) -> Array:
+    """Whether each row of hidden states is finite and small enough for logits that are."""
+    return jnp.all(jnp.abs(hidden) < _LARGEST_HIDDEN, axis=-1)
 
 
 def initial_max(dtype: Any) -> float:

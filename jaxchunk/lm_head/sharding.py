@@ -97,6 +97,7 @@ def over_mesh(
         bias=PartitionSpec(sliced),
         token_weights=by_token,
         normalizer=PartitionSpec(),
+        scale=PartitionSpec(),
     )
     present = type(operands)(*(s if o is not None else None for s, o in zip(specs, operands, strict=True)))
     mesh = placement.mesh

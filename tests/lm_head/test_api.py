@@ -170,6 +170,16 @@ def test_labels_are_checked_before_they_are_narrowed():
             assert jnp.isnan(jax.jit(lm_head_loss)(P.hidden, P.weight, labels))
 
 
+@pytest.mark.parametrize("label", [2**32 + 5, 2**32 - 100, -(2**40)])
+def test_labels_that_do_not_fit_are_none_of_the_vocabulary_where_weights_are_traced(label):
+    """They are not checked then, for a weight may be 0."""
+    labels = np.zeros(12, np.int64)
+    labels[3] = label
+    loss = jax.jit(lambda token_weights: lm_head_loss(P.hidden, P.weight, labels, token_weights=token_weights))
+    assert jnp.isnan(loss(jnp.ones(12)))
+    assert jnp.isfinite(loss(jnp.ones(12).at[3].set(0.0)))
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_float64_is_float64(implementation):
     with jax.enable_x64():

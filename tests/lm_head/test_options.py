@@ -215,6 +215,21 @@ def test_a_traced_logit_scale_is_differentiable(implementation):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_nan_of_a_token_that_does_not_count_is_not_in_the_gradient_of_the_scale(implementation, reduction):
+    """It is a sum over all tokens of products with their hidden states, and 0 * NaN is NaN."""
+    p = problem(ignored=0.0)
+    labels, token_weights = p.labels.at[3].set(IGNORE), jnp.ones(33).at[6].set(0.0)
+
+    def gradient(hidden: jax.Array) -> jax.Array:
+        options = {"token_weights": token_weights, "reduction": reduction, "implementation": implementation}
+        total = lambda scale: jnp.sum(lm_head_loss(hidden, p.weight, labels, logit_scale=scale, **options))  # noqa: E731
+        return jax.jit(jax.grad(total))(0.7)
+
+    assert_close(gradient(p.hidden.at[jnp.array([3, 6])].set(jnp.nan)), gradient(p.hidden), 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("implementation", ALL_BUT_FUSED_XLA)
 def test_frozen_operands_do_not_change_the_other_gradients(implementation, reduction):
     case = make_case("none+" + EVERYTHING if reduction == "none" else EVERYTHING)
@@ -301,13 +316,16 @@ def test_a_token_of_weight_zero_may_hold_nan(implementation, names):
     assert np.all(result.d_hidden[absent] == 0)
 
 
+@pytest.mark.parametrize("garbage", [np.nan, 3e38])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("implementation", ALL_BUT_FUSED_XLA)
-def test_a_token_of_weight_zero_may_hold_nan_also_where_weights_are_differentiated(implementation, reduction):
+def test_a_token_of_weight_zero_may_hold_garbage_also_where_weights_are_differentiated(
+    implementation, reduction, garbage
+):
     """Its own loss is then not needed; the losses of other tokens of weight 0 are."""
     p = problem(ignored=0.0)
     weights = jnp.ones(33).at[4:9].set(0.0)
-    hidden = p.hidden.at[6].set(jnp.nan)
+    hidden = p.hidden.at[6].set(garbage)
     cotangent = jnp.arange(1.0, 34.0) if reduction == "none" else 1.0
 
     def objective(hidden, weight, weights):
